@@ -236,21 +236,26 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine draws tokens. `temperature` 0 is greedy decoding."""
+    """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    rows: int = 1024
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task of the catalogue: named splits of data, how an episode is played, and what says whether it is right."""
+    """A task of the catalogue: named splits of data, how an episode is played, and what says whether it is right.
+
+    `max_new_tokens` is the length that an answer needs; a stage that sets none takes it.
+    """
 
     splits: Mapping[str, Callable[[], list[Episode]]]
     verifier: Reward
     make_env: Callable[[], Env]
+    max_new_tokens: int = 512
 
 
 class Data(Protocol):
@@ -269,15 +274,27 @@ class Policy(Protocol):
 
     def render(self, messages: Sequence[Message]) -> Ids: ...
 
-    def act(
-        self, views: list[Ids], n: int, sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Turn]]: ...
+    def extension(self, talk: Sequence[Message], num_replies: int) -> Ids: ...
+
+    def act(self, views: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
 
     def collate(self, episodes: list[Episode]) -> Batch: ...
 
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
 
     def save(self, folder: Path) -> None: ...
+
+
+class Optim(Protocol):
+    """(parameters, lr) -> a torch optimiser; `clip`, `schedule` and `warmup` are read by the learner."""
+
+    def __call__(self, parameters: Any, lr: float) -> Any: ...
+
+
+class Model(Protocol):
+    """Settings -> a policy, its weights drawn from `seed` where there are none to read."""
+
+    def __call__(self, *, seed: int = 0) -> Policy: ...
 
 
 class Sampler(Protocol):
@@ -301,7 +318,8 @@ Bound_co = TypeVar("Bound_co", covariant=True)
 class Component(Generic[Bound_co]):
     """A catalogue entry bound to its hyperparameters, with the framework's own keys taken out.
 
-    `reads` are the fields that it asks for, after the recipe's `read:` renamed them.
+    `reads` are the fields that it asks for, after the recipe's `read:` renamed them. `into` and `add` say which field a
+    derive writes, and whether it adds to what is there.
     """
 
     name: str
@@ -309,5 +327,36 @@ class Component(Generic[Bound_co]):
     reads: tuple[str, ...] = ()
     weight: float = 1.0
     into: str = ""
+    add: bool = False
     reduce: Component[Reduce] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Where weights come from: an earlier stage (`@sft`, `@sft:best`, `@sft:step=80`), or a directory or hub id."""
+
+    stage: str = ""
+    pick: str = "last"
+    path: str = ""
+
+    def __str__(self) -> str:
+        if not self.stage:
+            return self.path
+        return f"@{self.stage}" + ("" if self.pick == "last" else f":{self.pick}")
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """Where rows come from: a split of the recipe's task (`@task/train`), or a data set of the catalogue."""
+
+    split: str = ""
+    source: Component[Data] | None = None
+
+
+class Stage(Protocol):
+    """One word of a recipe's `stages`: a dataclass whose fields are its YAML keys."""
+
+    def run(self, ctx: Any) -> dict[str, float]: ...
+
+    def problems(self) -> list[str]: ...

@@ -1,0 +1,57 @@
+"""Advantage estimators: fields -> `adv` (N,T), 0 outside the mask.
+
+The estimators over groups read `ret` (N,), the total reward of each episode, and give every trained position of an
+episode the same value. An episode that could not be scored (ret nan) is left out of its group's statistics and gets 0,
+as does an episode that is alone in its group: it has nothing to be compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlx.tensors import group_mean_std, seq_sum, spread, sum_to_go
+
+
+def group_mean(ret: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+    """A = R - mean of the group: (N,T), in units of reward (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783).
+
+    R counts in its own baseline, so the expected gradient is (G - 1) / G of the true one; `rloo` has no such factor.
+    """
+    mean, _, _ = group_mean_std(ret, group)
+    return spread(_scored(ret - mean), mask)
+
+
+def group_zscore(ret: Tensor, group: Tensor, mask: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """A = (R - mean) / (std + eps) of the group: (N,T), without unit.
+
+    std is the sample standard deviation (n - 1). Where all rewards of a group are equal, A is exactly 0 (GRPO, Shao et
+    al. 2024, arXiv 2402.03300, section 4.1.2).
+    """
+    mean, std, _ = group_mean_std(ret, group)
+    return spread(_scored(ret - mean) / (std + eps), mask)
+
+
+def rloo(ret: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+    """A = R - mean of the others in the group = G / (G - 1) (R - mean): (N,T), in units of reward.
+
+    R does not count in its own baseline, so the gradient is unbiased (RLOO, Ahmadian et al. 2024, arXiv 2402.14740). G
+    is the number of scored episodes of the group.
+    """
+    mean, _, count = group_mean_std(ret, group)
+    return spread(_scored(ret - mean) * count / (count - 1).clamp(min=1), mask)
+
+
+def returns(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """A_t = r_t + gamma A_u, u the next trained position: (N,T), in units of reward.
+
+    The reward-to-go of REINFORCE (Williams 1992), without a baseline. It reads the dense `reward`: what a derive has
+    added there (a KL penalty) counts where it is paid.
+    """
+    scored = ~seq_sum(reward, mask).isnan()
+    return sum_to_go(reward, mask & scored.unsqueeze(-1), gamma)
+
+
+def _scored(x: Tensor) -> Tensor:
+    """`x`, with 0 for the episodes that could not be scored."""
+    return torch.where(x.isnan(), 0.0, x)

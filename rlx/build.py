@@ -1,0 +1,278 @@
+"""The binder: plain config nodes -> components and stages. The signature is the schema; every mistake is reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from rlx import types as t
+from rlx.catalogue import CATALOGUE
+
+# A parameter annotated Component[LossTerm] takes a name of the group "loss", and so on.
+GROUP_OF: dict[Any, str] = {
+    t.LossTerm: "loss",
+    t.Advantage: "advantage",
+    t.Derive: "derive",
+    t.Watch: "watch",
+    t.Reduce: "reduce",
+    t.Reward: "reward",
+    t.Keep: "keep",
+    t.Metric: "metric",
+    t.Sampler: "sampler",
+    t.Data: "data",
+    t.Model: "model",
+    t.Optim: "optim",
+}
+# Keys that the framework takes out of a component's node before the rest is bound to its signature.
+FRAMEWORK: dict[str, dict[str, Any]] = {
+    "loss": {"weight": float, "reduce": t.Component[t.Reduce], "read": dict[str, str]},
+    "advantage": {"weight": float, "read": dict[str, str]},
+    "derive": {"into": str, "add": bool, "read": dict[str, str]},
+    "watch": {"read": dict[str, str]},
+    "reward": {"weight": float},
+}
+WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
+
+
+@dataclass
+class Binder:
+    """Binds nodes and collects what is wrong with them.
+
+    `trusted` are the files and modules whose code the user allows to run; `swapped` are the paths whose component the
+    command line replaced, where keys inherited from the recipe that the new one does not take are dropped with a notice.
+    """
+
+    trusted: Sequence[str] = ()
+    swapped: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
+    errors: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def component(self, group: str, node: Any, path: str) -> Any:
+        """`name`, `name@8` or `{name: ..., key: value}` -> a Component, or None with the reasons in `errors`."""
+        if isinstance(node, str):
+            node = {"name": node}
+        if not isinstance(node, Mapping):
+            self.errors.append(f"{path}: expected the name of a {group} or a mapping with `name`, got {node!r}")
+            return None
+        node = {key: value for key, value in node.items() if value is not None}  # `key: null` drops an inherited key
+        name = node.pop("name", None)
+        if name is None:
+            self.errors.append(f"{path}.name: missing; which {group}? (known: {', '.join(CATALOGUE[group])})")
+            return None
+        name, _, number = str(name).partition("@")
+        target = self.locate(group, name, f"{path}.name")
+        if target is None:
+            return None
+        reads, params = signature(target)
+        if number and number.isdigit():
+            node[next(iter(params), "k")] = int(number)
+        before = len(self.errors)
+        frame = {
+            key: self.value(hint, node.pop(key), f"{path}.{key}")
+            for key, hint in FRAMEWORK.get(group, {}).items()
+            if key in node
+        }
+        settings = self.keywords(f"{group} '{name}'", params, node, path, [*params, *FRAMEWORK.get(group, {})])
+        if group == "derive" and "into" not in frame:
+            self.errors.append(f"{path}.into: required; the field that {name!r} writes, such as reward")
+        if len(self.errors) > before:
+            return None
+        read = frame.pop("read", {})
+        if unknown := [key for key in read if key not in reads]:
+            self.errors.append(f"{path}.read.{unknown[0]}: {group} {name!r} reads {', '.join(reads)}")
+        label = name + (f"@{number}" if number else "")
+        return t.Component(
+            label, partial(target, **settings), tuple(read.get(r, r) for r in reads), settings=settings, **frame
+        )
+
+    def record(self, cls: Any, what: str, node: Mapping[str, Any], path: str) -> Any:
+        """A mapping -> the dataclass `cls`, field by field."""
+        node = {key: value for key, value in node.items() if value is not None}
+        params = {f.name: Param(*hint_and_default(cls, f)) for f in dataclasses.fields(cls)}
+        before = len(self.errors)
+        settings = self.keywords(what, params, node, path, list(params))
+        return None if len(self.errors) > before else cls(**settings)
+
+    def keywords(
+        self, what: str, params: Mapping[str, Param], node: Mapping[str, Any], path: str, known: Sequence[str]
+    ) -> dict[str, Any]:
+        """Each key of the node bound to its parameter's type."""
+        settings = {}
+        for key, value in node.items():
+            where = f"{path}.{key}"
+            if key in params:
+                settings[key] = self.value(params[key].hint, value, where)
+            elif path in self.swapped and where not in self.given:
+                self.notices.append(f"{where}: dropped, because {what} takes no {key!r}")
+            else:
+                self.errors.append(f"{where}: {what} takes no {key!r}{hint(key, known)}")
+        for key, param in params.items():
+            if param.required and key not in node:
+                self.errors.append(f"{path}.{key}: required by {what}, not given")
+        return settings
+
+    def value(self, hint_: Any, value: Any, path: str) -> Any:
+        """A plain value checked against a type, components and nested records included."""
+        origin, args = typing.get_origin(hint_), typing.get_args(hint_)
+        if hint_ is Any or (value is None and type(None) in args):
+            return value
+        if origin in (Union, types.UnionType):
+            return self.union([a for a in args if a is not type(None)], value, path)
+        if origin is t.Component:
+            return self.component(GROUP_OF[args[0]], value, path)
+        if hint_ is t.ModelRef:
+            return self.model_ref(value, path)
+        if hint_ is t.DataRef:
+            if isinstance(value, str) and value.startswith("@task/"):
+                return t.DataRef(split=value.removeprefix("@task/"))
+            return t.DataRef(source=self.component("data", value, path))
+        if dataclasses.is_dataclass(hint_):
+            if not isinstance(value, Mapping):
+                self.errors.append(f"{path}: expected a mapping, got {value!r}")
+                return None
+            return self.record(hint_, f"`{path.rpartition('.')[2]}`", value, path)
+        if origin is Literal:
+            if value not in args:
+                self.errors.append(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
+            return value
+        if origin in (list, Sequence) or origin is typing.get_origin(Sequence[int]):
+            if not isinstance(value, list) and typing.get_origin(args[0]) is t.Component:
+                value = [value]  # one component stands for a list of one
+            if not isinstance(value, list):
+                self.errors.append(f"{path}: expected a list, got {value!r}")
+                return None
+            return numbered([self.value(args[0], v, f"{path}.{i}") for i, v in enumerate(value)])
+        if origin is dict or hint_ is dict:
+            if not isinstance(value, Mapping):
+                self.errors.append(f"{path}: expected a mapping, got {value!r}")
+                return None
+            return {k: self.value(args[1], v, f"{path}.{k}") if args else v for k, v in value.items()}
+        return self.scalar(hint_, value, path)
+
+    def scalar(self, want: Any, value: Any, path: str) -> Any:
+        """A number, text or truth value."""
+        if want is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, want) and (want is bool or not isinstance(value, bool)):
+            return value
+        self.errors.append(f"{path}: expected {WORDS.get(want, want.__name__)}, got {value!r}")
+        return None
+
+    def union(self, members: list[Any], value: Any, path: str) -> Any:
+        """The first member that takes the value; if none does, what the first one says."""
+        said: list[list[str]] = []
+        for member in members:
+            trial = dataclasses.replace(self, errors=[], notices=[])
+            bound = trial.value(member, value, path)
+            if not trial.errors:
+                self.notices += trial.notices
+                return bound
+            said.append(trial.errors)
+        self.errors += said[0]
+        return None
+
+    def model_ref(self, value: Any, path: str) -> t.ModelRef | None:
+        """`@stage`, `@stage:best`, `@stage:step=80`, a directory or a hub id."""
+        if not isinstance(value, str) or not value:
+            self.errors.append(f"{path}: expected @stage, a directory or a hub id, got {value!r}")
+            return None
+        if not value.startswith("@"):
+            return t.ModelRef(path=value)
+        stage, _, pick = value[1:].partition(":")
+        if pick and pick != "best" and not (pick.startswith("step=") and pick[5:].isdigit()):
+            self.errors.append(f"{path}: {value!r} asks for {pick!r}; known: @{stage}, @{stage}:best, @{stage}:step=80")
+        return t.ModelRef(stage=stage, pick=pick or "last")
+
+    def locate(self, group: str, name: str, path: str) -> Callable[..., Any] | None:
+        """The function or class of a name. Code from outside the catalogue runs only where the user trusts it by name."""
+        if name in CATALOGUE[group]:
+            module, _, attr = CATALOGUE[group][name].partition(":")
+            return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attr))
+        if ":" not in name:
+            self.errors.append(f"{path}: no {group} is called {name!r}{hint(name, CATALOGUE[group])}")
+            return None
+        module, _, attr = name.rpartition(":")
+        if module not in self.trusted and Path(module).resolve() not in [Path(p).resolve() for p in self.trusted]:
+            self.errors.append(f"{path}: {name!r} is code from outside rlx; to run it add --trust {module}")
+            return None
+        try:
+            return typing.cast(Callable[..., Any], getattr(load_module(module), attr))
+        except FileNotFoundError:
+            self.errors.append(f"{path}: there is no file {module}")
+        except AttributeError:
+            self.errors.append(f"{path}: {module} defines no {attr!r}")
+        except Exception as error:  # the user's own module, at import: say what it raised, whatever it was
+            self.errors.append(f"{path}: importing {module} raised {type(error).__name__}: {error}")
+        return None
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter's type and whether a recipe has to give it."""
+
+    hint: Any
+    required: bool
+
+
+def signature(target: Callable[..., Any]) -> tuple[list[str], dict[str, Param]]:
+    """What a component reads (positional parameters) and what it is set by (keyword-only parameters)."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    reads, params = [], {}
+    for name, p in inspect.signature(target).parameters.items():
+        if p.kind is p.KEYWORD_ONLY:
+            params[name] = Param(hints.get(name, Any), p.default is p.empty)
+        elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            reads.append(name)
+    return reads, params
+
+
+def hint_and_default(cls: Any, f: dataclasses.Field[Any]) -> tuple[Any, bool]:
+    """The resolved type of a dataclass field, and whether it has no default."""
+    missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    return typing.get_type_hints(cls)[f.name], missing
+
+
+def numbered(items: list[Any]) -> list[Any]:
+    """Two components of one list never share a name: the second `length` is `length_2`."""
+    seen: dict[str, int] = {}
+    out = []
+    for item in items:
+        if isinstance(item, t.Component):
+            seen[item.name] = seen.get(item.name, 0) + 1
+            if seen[item.name] > 1:
+                item = dataclasses.replace(item, name=f"{item.name}_{seen[item.name]}")
+        out.append(item)
+    return out
+
+
+def load_module(module: str) -> Any:
+    """A trusted module by name, or a trusted file by path."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    path = Path(module).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(module)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not Python source")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def hint(word: Any, known: Iterable[str]) -> str:
+    """The nearest known name, and all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(str(word), names, 1)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(names)})"

@@ -1,0 +1,256 @@
+"""Command line -> composed config: recipes as a Hydra config group, short words made whole, header keys kept to their file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlx.build import hint
+from rlx.paths import CONF, RECIPES
+from rlx.types import ConfigError
+
+# What a recipe says about itself. It belongs to its file: a recipe that starts from another does not inherit it.
+HEADER = ("purpose", "paper", "claim", "published", "unverified", "requires")
+# `model=x` and `task=x` are short for the name inside.
+SHORT = ("model", "task")
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A plain config; `swapped` and `given` are what plan() needs to tell an inherited key from one that the user gave."""
+
+    config: dict[str, Any]
+    overrides: list[str]
+    swapped: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A YAML file of recipes/ or of the user's folder. `name` is `grpo_math` or `paper/grpo_math`."""
+
+    name: str
+    path: Path
+
+    @property
+    def family(self) -> str:
+        """The folder that it stands in."""
+        return self.path.parent.name
+
+    def read(self) -> dict[str, Any]:
+        """Its content; raises ConfigError with file and line where it is no YAML mapping or holds what recipes may not."""
+        text = self.path.read_text(encoding="utf-8")
+        try:
+            node = yaml.load(text, Loader=Numbers)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}" if mark else ""
+            raise ConfigError(f"{self.path}{line}: is not YAML: {getattr(error, 'problem', error)}") from error
+        if not isinstance(node, dict):
+            raise ConfigError(f"{self.path}: a recipe is a mapping, got {type(node).__name__}")
+        if "hydra" in node:
+            raise ConfigError(f"{self.path}: `hydra:` is not for recipes")
+        if found := re.search(r"\$\{[^}]*:", text):
+            raise ConfigError(f"{self.path}: {found.group()!r} is a resolver; a recipe may only refer to its own keys")
+        return node
+
+
+class Numbers(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number."""
+
+
+Numbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)$|[-+]?[0-9][0-9_]*\.[0-9_]*$|[-+]?\.[0-9_]+$"),
+    list("-+0123456789."),
+)
+
+
+def recipes(extra: Path | None = None) -> dict[str, RecipeFile]:
+    """Every recipe by name. Raises ConfigError where two have one name."""
+    found: dict[str, RecipeFile] = {}
+    for folder in (RECIPES, *([extra] if extra else [])):
+        if not folder.is_dir():
+            raise ConfigError(f"--recipes {folder}: is no directory")
+        for path in sorted(folder.rglob("*.yaml")):
+            name = ("paper/" if path.parent.name == "paper" else "") + path.stem
+            if not NAME.fullmatch(path.stem):
+                raise ConfigError(f"{path}: a recipe's name is made of letters, digits, '.', '_' and '-'")
+            if name in found:
+                raise ConfigError(f"two recipes are called {name!r}: {found[name].path} and {path}")
+            found[name] = RecipeFile(name, path)
+    return found
+
+
+def words(arguments: Sequence[str]) -> list[str]:
+    """`grpo_math` is `recipe=grpo_math`; everything else is an override of the form key=value."""
+    out = []
+    for i, word in enumerate(arguments):
+        if "=" in word or word.startswith("~"):
+            out.append(word)
+        elif i == 0:
+            out.append(f"recipe={word}")
+        else:
+            raise ConfigError(f"{word!r}: expected key=value, such as seed=1 or stages.rl.lr=3e-4")
+    return out
+
+
+def override(text: str, groups: Sequence[str]) -> str:
+    """A plain override as Hydra takes it: a key that the YAML leaves at its default is added (`++`); plan() rejects unknown ones."""
+    key, sign, value = text.partition("=")
+    if key in SHORT:
+        key = f"{key}.name"
+    elif text[0] in "+~" or key in groups or key.startswith("hydra"):
+        return text
+    return f"++{key}{sign}{value}"
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups of conf/ that a command line chooses from, with their options."""
+    folders = [p for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "model")]
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
+
+
+def prepare(arguments: Sequence[str], known: Mapping[str, RecipeFile]) -> list[str]:
+    """Check the words that Hydra would answer obscurely: the recipe's name and the options of each group."""
+    texts = words(arguments)
+    options = {"recipe": list(known), **groups()}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if key in options and not any(c in value for c in ",(${"):
+            if value not in options[key]:
+                where = "; a folder of your own is given with --recipes DIR" if key == "recipe" else ""
+                raise ConfigError(f"{key}={value}: no {key} is called {value!r}{hint(value, options[key])}{where}")
+    if not any(text.partition("=")[0] == "recipe" for text in texts):
+        raise ConfigError(f"which recipe? Give its name, such as grpo_math (known: {', '.join(known)})")
+    return [override(text, ["recipe", *options]) for text in texts]
+
+
+def store(known: Mapping[str, RecipeFile], chosen: Sequence[str] | None = None) -> None:
+    """Put recipes (without their headers) into Hydra's ConfigStore as the group `recipe`, at the config's root."""
+    from hydra.core.config_store import ConfigStore
+
+    for recipe in known.values():
+        if chosen is not None and recipe.name not in chosen:
+            continue
+        node = {k: v for k, v in recipe.read().items() if k not in HEADER}
+        ConfigStore.instance().store(
+            group="recipe/paper" if recipe.name.startswith("paper/") else "recipe",
+            name=recipe.path.stem,
+            node=node,
+            package="_global_",
+        )
+
+
+def compose(arguments: Sequence[str], extra: Path | None = None) -> Composed:
+    """The config that a command line means. Raises ConfigError."""
+    known = recipes(extra)
+    texts = prepare(arguments, known)
+    name = next(t.partition("=")[2] for t in texts if t.startswith("recipe="))
+    store(known, ancestors(name, known))
+    full = hydra_compose(texts)
+    recipe_only = hydra_compose([f"recipe={name}"])
+    header = {k: v for k, v in known[name].read().items() if k in HEADER}
+    config = resolved({**full, **header, "recipe": name}, known[name].path)
+    notices = apply_caps(config)
+    given = frozenset(t.lstrip("+~").partition("=")[0] for t in texts)
+    return Composed(config, list(arguments), frozenset(swapped(recipe_only, full)), given, notices)
+
+
+def ancestors(name: str, known: Mapping[str, RecipeFile]) -> list[str]:
+    """A recipe and all that it starts from. Raises ConfigError for a parent that does not exist."""
+    out, waiting = [], [name]
+    while waiting:
+        here = waiting.pop()
+        if here in out:
+            continue
+        out.append(here)
+        for parent in known[here].read().get("defaults", []):
+            if parent == "_self_":
+                continue
+            target = str(parent).removeprefix("/recipe/")
+            if not str(parent).startswith("/recipe/") or target not in known:
+                raise ConfigError(
+                    f"{known[here].path}: defaults: {parent!r} is no recipe; write /recipe/NAME{hint(target, known)}"
+                )
+            waiting.append(target)
+    return out
+
+
+def hydra_compose(texts: Sequence[str]) -> dict[str, Any]:
+    """Hydra's composition as plain, unresolved containers."""
+    from hydra import compose as hydra_compose_api
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            config = hydra_compose_api("run", overrides=list(texts))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_lines(error, texts)) from error
+    plain = OmegaConf.to_container(config, resolve=False)
+    return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
+
+
+def first_lines(error: Exception, texts: Sequence[str]) -> str:
+    """What Hydra says, without its advice to set environment variables."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("See https", "Set the env"))]
+    return f"{' '.join(t.lstrip('+') for t in texts)}: {'; '.join(lines[:2])}"
+
+
+def resolved(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """`${stages.x}` replaced by what it names; nothing else is interpolated."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def swapped(old: Any, new: Any, path: str = "") -> list[str]:
+    """The paths of components whose `name` (or stages whose `kind`) the command line changed."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        here = [path] if any(k in old and old[k] != new.get(k) for k in ("name", "kind")) else []
+        return here + [s for k in new if k in old for s in swapped(old[k], new[k], f"{path}.{k}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list):
+        return [s for i, (a, b) in enumerate(zip(old, new, strict=False)) for s in swapped(a, b, f"{path}.{i}")]
+    return []
+
+
+def apply_caps(config: dict[str, Any]) -> list[str]:
+    """Hold every stage to the sizes of `scale`; a line for each cap that bites."""
+    notices = []
+    caps: dict[str, Any] = config.pop("caps", None) or {}
+
+    def cap(node: Any, path: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if isinstance(value, dict):
+                cap(value, f"{path}.{key}")
+            elif key in caps and isinstance(value, int) and value > caps[key]:
+                node[key] = caps[key]
+                notices.append(f"{path}.{key}: {value} -> {caps[key]} (scale={config.get('scale')})")
+
+    for name, stage in (config.get("stages") or {}).items():
+        cap(stage, f"stages.{name}")
+    for key, value in (caps.get("all") or {}).items():
+        for stage in (config.get("stages") or {}).values():
+            if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
+                stage["eval"].setdefault(key, value)
+            if isinstance(stage, dict) and stage.get("kind") == "evaluate":
+                stage.setdefault(key, value)
+    return notices

@@ -1,0 +1,25 @@
+"""Derives: fields -> a new field (N,T), computed before the advantage, without gradient, 0 outside the mask."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from rlx import tensors
+
+
+def kl_penalty(
+    old_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k1", coef: float
+) -> Tensor:
+    """-coef * KL(old || ref) at each token: (N,T), in units of reward; added to `reward`, it is RLHF's KL penalty.
+
+    Estimators as in `kl_estimate` of rlx/tensors.py, in nats. It reads `old_logp`, the policy that drew the tokens: a
+    reward is a number, and stays the same while the policy is updated (Ziegler et al. 2019, arXiv 1909.08593).
+    """
+    return -coef * tensors.kl_estimate(tensors.log_ratio(old_logp, ref_logp, mask), estimator)
+
+
+def log_ratio(of: Tensor, over: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
+    """scale * (of - over): (N,T), `of` and `over` being log-probabilities in nats that the recipe's `read` names."""
+    return scale * tensors.log_ratio(of, over, mask)

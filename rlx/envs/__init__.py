@@ -1,0 +1,1 @@
+"""Environments: what answers the policy's messages."""

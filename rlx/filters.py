@@ -1,0 +1,37 @@
+"""Filters: which episodes of a step are trained on. Order is kept."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+
+from rlx.types import Episode, Status
+
+
+def mixed_groups(episodes: list[Episode]) -> list[Episode]:
+    """The groups whose scored rewards differ, whole: a group with fewer than two scored episodes (not nan) has none.
+
+    In the others every advantage over the group is 0 (dynamic sampling of DAPO, Yu et al. 2025, arXiv 2503.14476,
+    section 3.2). Rewards are compared as float32, as advantages are computed: what is dropped is 0 exactly.
+    """
+    rewards: dict[int, set[np.float32]] = defaultdict(set)
+    for episode in episodes:
+        if not math.isnan(episode.reward):
+            rewards[episode.group].add(np.float32(episode.reward))
+    return [episode for episode in episodes if len(rewards[episode.group]) > 1]
+
+
+def correct(episodes: list[Episode], *, threshold: float = 1.0) -> list[Episode]:
+    """The episodes whose total reward is at least `threshold` (rejection sampling); nan is not."""
+    return [episode for episode in episodes if episode.reward >= threshold]
+
+
+def untruncated(episodes: list[Episode]) -> list[Episode]:
+    """The episodes that the token limit did not cut (overlong filtering of DAPO, section 3.4).
+
+    They leave their group's statistics, too. On its own this lets a policy hide failures by running long: keep an eye
+    on `truncated`.
+    """
+    return [episode for episode in episodes if episode.status is not Status.TRUNCATED]

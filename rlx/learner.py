@@ -1,0 +1,147 @@
+"""One optimiser step: named tensors in, loss terms by name, reductions by global counts, clipped gradient, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlx.optim import factor
+from rlx.types import Batch, Component, Counts, LossTerm, Policy, Reduce, Watch
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is trained on a batch: the terms, how they are reduced, and how often the batch is gone through."""
+
+    loss: Sequence[Component[LossTerm]]
+    reduce: Component[Reduce]
+    watch: Sequence[Component[Watch]] = ()
+    epochs: int = 1
+    minibatches: int = 1
+    token_budget: int = 16384
+    temperature: float = 1.0
+
+    @property
+    def wants(self) -> set[str]:
+        """The fields that the policy's forward has to compute."""
+        return {"logp"} | {name for c in [*self.loss, *self.watch] for name in c.reads}
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not a number: the run stops with the last good weights kept."""
+
+
+class TorchLearner:
+    """One process. `optim` binds an optimiser of the catalogue; `total` is the number of optimiser steps of the schedule."""
+
+    def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> None:
+        self.policy = policy
+        self.lr = lr
+        self.total = total
+        self.settings = {"clip": 1.0, "schedule": "constant", "warmup": 0, **optim.settings}
+        self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
+        self.optimizer = optim.call(self.parameters, lr)
+        self.steps = 0
+
+    def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
+        """Go `epochs` times through the batch in `minibatches` optimiser steps; the metrics of the last pass.
+
+        `gap/max` and `gap/mean` (nats) compare the sampled log-probs with the first training forward, before any update:
+        they are the same policy's, so what is left is numerical.
+        """
+        self.policy.module.train()
+        shown: list[dict[str, Tensor]] = []
+        rng = np.random.default_rng(seed)
+        for _ in range(update.epochs):
+            order = rng.permutation(len(batch.rows)) if update.minibatches > 1 else np.arange(len(batch.rows))
+            for part in np.array_split(order, min(update.minibatches, len(order))):
+                first = not shown
+                shown.append(self._optimise(batch.take(part.tolist()), update, check_gap=first))
+        means = {
+            name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
+        }
+        return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
+
+    def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
+        counts = Counts(tokens=float(batch["mask"].sum()), sequences=float(batch["mask"].any(1).sum()))
+        if counts.tokens == 0:
+            raise NonFinite("no token of this batch is trained on: every mask is empty")
+        metrics: dict[str, Tensor] = {}
+        for unit in units(batch, update.token_budget):
+            out = self.policy.forward(unit, update.wants, update.temperature)
+            fields = {**unit, **out}
+            loss = torch.zeros((), device=self.policy.device)
+            for term in update.loss:
+                value = reduced(term, fields, update.reduce, counts)
+                loss = loss + term.weight * value
+                add(metrics, f"loss/{term.name}", value.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+            add(metrics, "loss", loss.detach())
+            with torch.no_grad():
+                for watch in update.watch:
+                    x = watch.call(*(fields[name] for name in watch.reads))
+                    add(metrics, watch.name, torch.where(unit["mask"], x, 0.0).sum() / counts.tokens)
+                if check_gap:
+                    gap = torch.where(unit["mask"], (out["logp"] - unit["rollout_logp"]).abs(), 0.0)
+                    metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
+                    add(metrics, "gap/mean", gap.sum() / counts.tokens)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+        if not torch.isfinite(norm) or not torch.isfinite(metrics["loss"]):
+            self.optimizer.zero_grad(set_to_none=True)
+            terms = ", ".join(f"{name} {float(x):.4g}" for name, x in metrics.items() if name.startswith("loss"))
+            raise NonFinite(
+                f"the loss or its gradient is not finite ({terms}, gradient norm {float(norm):.4g}) on the groups "
+                f"{sorted(set(batch['group'].tolist()))[:8]}; the weights are those before this step"
+            )
+        scale = factor(self.steps, total=self.total, schedule=self.settings["schedule"], warmup=self.settings["warmup"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * scale
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
+
+
+def reduced(term: Component[LossTerm], fields: dict[str, Tensor], reduce: Component[Reduce], counts: Counts) -> Tensor:
+    """This part's share of one term: (N,T) by the stage's reduction (or the term's own), (N,) by the mean over sequences."""
+    x = term.call(*(fields[name] for name in term.reads))
+    if x.dim() == 1:
+        return torch.where(fields["mask"].any(1), x, 0.0).sum() / counts.sequences
+    return (term.reduce or reduce).call(x, fields["mask"], counts)
+
+
+def units(batch: Batch, token_budget: int) -> Iterator[Batch]:
+    """Parts of at most `token_budget` padded tokens (at least one sequence), of similar length, so that little is padding."""
+    lengths = [len(row) for row in batch.rows]
+    part: list[int] = []
+    prompt = answer = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        wide, long = max(prompt, batch.starts[i]), max(answer, lengths[i] - batch.starts[i])
+        if part and (wide + long) * (len(part) + 1) > token_budget:
+            yield batch.take(part)
+            part, wide, long = [], batch.starts[i], lengths[i] - batch.starts[i]
+        part.append(i)
+        prompt, answer = wide, long
+    if part:
+        yield batch.take(part)
+
+
+def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Sum a metric over units."""
+    metrics[name] = metrics[name] + value if name in metrics else value
+
+
+@torch.no_grad()
+def score(policy: Policy, batch: Batch, token_budget: int, temperature: float) -> Tensor:
+    """log-prob (N,T) of the batch's tokens under a policy that is not in training."""
+    policy.module.eval()
+    out = torch.zeros_like(batch["rollout_logp"])
+    numbered = Batch({**batch, "index": torch.arange(len(batch.rows), device=policy.device)}, batch.rows, batch.starts)
+    for unit in units(numbered, token_budget):
+        out[unit["index"]] = policy.forward(unit, {"logp"}, temperature)["logp"]
+    return out

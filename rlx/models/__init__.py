@@ -1,0 +1,1 @@
+"""What acts and is trained: language models behind the Policy protocol."""

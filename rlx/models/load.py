@@ -1,0 +1,117 @@
+"""From a model's settings to its weights and tokenizer: the built-in tiny decoder, or any directory or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rlx.models.language import LanguageModel
+from rlx.models.tokenizer import byte_tokenizer
+from rlx.types import ConfigError
+
+Dtype = Literal["fp32", "bf16"]
+
+
+def tiny(
+    *,
+    layers: int = 4,
+    hidden: int = 128,
+    heads: int = 4,
+    kv_heads: int = 4,
+    ffn: int = 512,
+    context: int = 1024,
+    dtype: Dtype = "fp32",
+    lora: dict[str, Any] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> LanguageModel:
+    """A small decoder of the Qwen2 architecture with random weights (drawn from `seed`) and the byte tokenizer."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    tokenizer = byte_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = AutoModelForCausalLM.from_config(config)
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, source="tiny")
+
+
+def pretrained(
+    *,
+    path: str,
+    dtype: Dtype = "fp32",
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+    lora: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> LanguageModel:
+    """Any causal language model of transformers: a `save_pretrained` directory or a hub id, safetensors only.
+
+    `dtype: bf16` computes in bfloat16 and keeps the trained weights and the optimiser in float32, because an AdamW step
+    at a learning rate of 1e-6 is lost in a bfloat16 weight.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().exists()
+    where = str(Path(path).expanduser()) if looks_local else path
+    if looks_local and not (Path(where) / "config.json").is_file():
+        what = "is no directory" if not Path(where).is_dir() else "has no config.json"
+        raise ConfigError(f"model {path!r}: {what}; expected a directory that save_pretrained wrote, or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"model {path!r}: no tokenizer could be loaded ({first_line(error)}); "
+            "save one beside the model with tokenizer.save_pretrained(DIR)"
+        ) from error
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {path!r}: {first_line(error)}") from error
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, source=path)
+
+
+def finish(
+    module: Any, tokenizer: Any, *, dtype: Dtype, lora: dict[str, Any] | None, device: str, source: str
+) -> LanguageModel:
+    """Adapter, device and padding token, the same for every way of making a model."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model {source!r}: its tokenizer has no end-of-sequence token, so no answer would ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        try:
+            module = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", **lora))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.lora: {first_line(error)}") from error
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return LanguageModel(module.to(where), tokenizer, where, bf16=dtype == "bf16", source=source)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

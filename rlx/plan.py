@@ -1,0 +1,177 @@
+"""A composed config -> a plan: every component bound, every reference resolved, the stages in order; or every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlx.build import Binder, hint
+from rlx.catalogue import CATALOGUE
+from rlx.paths import CONF
+from rlx.types import Component, ConfigError, Model, Stage, TaskSource
+
+# Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
+KEYS: dict[str, Any] = {
+    "recipe": str,
+    "purpose": str,
+    "paper": dict[str, Any],
+    "family": str,
+    "model": Any,
+    "task": Any,
+    "objective": str,
+    "claim": dict[str, Any],
+    "published": list[Any],
+    "unverified": list[str],
+    "requires": dict[str, Any],
+    "stages": dict[str, Any],
+    "seed": int,
+    "run_dir": str | None,
+    "track": dict[str, Any],
+    "launch": dict[str, Any],
+    "caps": dict[str, Any],
+    "scale": str,
+}
+
+
+@dataclass
+class Plan:
+    """What `rlx train` is about to do. `objective` is (stage, metric)."""
+
+    config: dict[str, Any]
+    model: Component[Model]
+    stages: dict[str, Stage]
+    task: TaskSource | None = None
+    objective: tuple[str, str] = ("", "")
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def plan(
+    config: dict[str, Any], *, trusted: Sequence[str] = (), swapped: Collection[str] = (), given: Collection[str] = ()
+) -> Plan:
+    """Bind the config. Raises ConfigError with every mistake found, one line each."""
+    binder = Binder(trusted, frozenset(swapped), frozenset(given))
+    for key in config:
+        if key not in KEYS:
+            binder.errors.append(f"{key}: no such key at the top of a recipe{hint(key, KEYS)}")
+    for key, want in KEYS.items():
+        if key in config:
+            binder.value(want, config[key], key)
+    model = bind_model(binder, config.get("model", {"name": "tiny"}))
+    task = bind_task(binder, config.get("task"))
+    nodes: dict[str, Any] = {name: node for name, node in (config.get("stages") or {}).items() if node is not None}
+    if not nodes:
+        binder.errors.append("stages: a recipe needs at least one stage")
+    inputs = {name: stage_refs(node) for name, node in nodes.items()}
+    check_refs(binder, nodes, task)
+    order = in_order(binder, inputs)
+    stages = {name: bind_stage(binder, name, nodes[name]) for name in order}
+    objective = bind_objective(binder, config.get("objective"), nodes)
+    if binder.errors:
+        raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
+    return Plan(config, model, stages, task, objective, inputs, binder.notices)
+
+
+def bind_model(binder: Binder, node: Any) -> Any:
+    """`tiny`, a name of conf/model, a directory or a hub id."""
+    node = {"name": node} if isinstance(node, str) else dict(node)
+    name = str(node.get("name", ""))
+    preset = CONF / "model" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        node = {**yaml.safe_load(preset.read_text(encoding="utf-8")), **{k: v for k, v in node.items() if k != "name"}}
+    elif name not in CATALOGUE["model"]:
+        looks_like_a_slip = "/" not in name and not Path(name).expanduser().exists()
+        if looks_like_a_slip:
+            known = [*CATALOGUE["model"], *(p.stem for p in (CONF / "model").glob("*.yaml"))]
+            binder.errors.append(
+                f"model.name: {name!r} is no model of rlx, no directory here and no hub id (owner/name)"
+                f"{hint(name, dict.fromkeys(known))}"
+            )
+            return None
+        node = {"path": name, **node, "name": "pretrained"}
+    return binder.component("model", node, "model")
+
+
+def bind_task(binder: Binder, node: Any) -> TaskSource | None:
+    """The task's splits, environment and verifier; nothing is read yet."""
+    if node is None:
+        return None
+    bound = binder.component("task", node, "task")
+    if bound is None:
+        return None
+    try:
+        source: TaskSource = bound.call()
+    except ConfigError as error:
+        binder.errors += [f"task: {line}" for line in str(error).splitlines()]
+        return None
+    return source
+
+
+def bind_stage(binder: Binder, name: str, node: Any) -> Any:
+    """One stage of the recipe, by its `kind`."""
+    path = f"stages.{name}"
+    if not isinstance(node, Mapping):
+        binder.errors.append(f"{path}: expected a mapping with `kind`, got {node!r}")
+        return None
+    kind = node.get("kind")
+    if kind not in CATALOGUE["stage"]:
+        binder.errors.append(f"{path}.kind: no stage kind is called {kind!r}{hint(kind, CATALOGUE['stage'])}")
+        return None
+    cls = binder.locate("stage", str(kind), f"{path}.kind")
+    stage = binder.record(cls, f"stage kind {kind!r}", {k: v for k, v in node.items() if k != "kind"}, path)
+    if stage is not None:
+        binder.errors += [f"{path}.{line}" for line in stage.problems()]
+    return stage
+
+
+def bind_objective(binder: Binder, text: Any, nodes: Mapping[str, Any]) -> tuple[str, str]:
+    """`rl/eval/accuracy` -> (rl, eval/accuracy)."""
+    if not isinstance(text, str):
+        return "", ""
+    stage, _, metric = text.partition("/")
+    if stage not in nodes or not metric:
+        binder.errors.append(f"objective: {text!r} names no stage of the recipe; write stage/metric{hint(stage, nodes)}")
+    return stage, metric
+
+
+def stage_refs(node: Any) -> list[str]:
+    """The stages that a stage takes weights from."""
+    return list(dict.fromkeys(r[1:].partition(":")[0] for _, r in located(node, "") if not r.startswith("@task/")))
+
+
+def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None) -> None:
+    """Every reference names a stage of the recipe or a split of its task."""
+    for path, ref in located(nodes, "stages"):
+        if ref.startswith("@task/"):
+            split = ref.removeprefix("@task/")
+            if task is not None and split not in task.splits:
+                binder.errors.append(f"{path}: the task has no split {split!r}{hint(split, task.splits)}")
+        elif (stage := ref[1:].partition(":")[0]) not in nodes:
+            binder.errors.append(f"{path}: {ref!r} refers to no stage of the recipe{hint(stage, nodes)}")
+
+
+def located(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Every `@...` string below a node, with its dotted path."""
+    if isinstance(node, str) and node.startswith("@"):
+        yield path, node
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in children:
+        yield from located(value, f"{path}.{key}")
+
+
+def in_order(binder: Binder, inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Stages after what they refer to, otherwise as the file has them."""
+    order: list[str] = []
+    waiting = list(inputs)
+    while waiting:
+        ready = [n for n in waiting if all(i in order or i not in inputs for i in inputs[n])]
+        if not ready:
+            binder.errors.append(f"stages: {' -> '.join([*waiting, waiting[0]])} wait for one another")
+            return [*order, *waiting]
+        order.append(ready[0])
+        waiting.remove(ready[0])
+    return order

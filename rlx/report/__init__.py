@@ -1,0 +1,1 @@
+"""A finished or running run as tables, charts and one self-contained HTML page: read -> tables, plots -> page."""

@@ -1,0 +1,1 @@
+"""Policy x environment x tasks -> episodes."""

@@ -1,0 +1,231 @@
+"""A plan on disk: stages in order, each once, with everything that is needed to understand and repeat it beside it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlx import __version__
+from rlx.health import health
+from rlx.paths import PACKAGE
+from rlx.plan import Plan
+from rlx.stages.context import Context
+from rlx.track import Display, Lines, Live, NoTracker, StageLog, Tracker, Wandb
+from rlx.types import ConfigError
+
+VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
+# Keys of a config that may differ between two starts of one run.
+FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "unverified"}
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: what was finished is kept."""
+
+
+def run(plan: Plan, run_dir: Path, *, command: list[str] | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Run every stage that is not done; what run.json holds.
+
+    Raises ConfigError where `run_dir` holds another config's run or cannot be written.
+    """
+    info = start(plan, run_dir, command or sys.argv, overrides or [])
+    tracker = make_tracker(plan, run_dir, info)
+    display: Display = Live() if sys.stdout.isatty() else Lines()
+    began = time.monotonic()
+    before = float(info.get("seconds") or 0.0)
+    done: dict[str, dict[str, float]] = {}
+    current = ""
+    signal.signal(signal.SIGTERM, stop_on_signal)
+    try:
+        for name in plan.stages:
+            current = name
+            done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
+        info["status"], info["error"] = "finished", None
+        info["objective"] = objective(plan, done)
+    except (KeyboardInterrupt, Interrupted):
+        info["status"], info["error"] = "interrupted", f"in stage {current!r}"
+        raise
+    except BaseException as error:
+        info["status"], info["error"] = "failed", f"stage {current!r}: {error}"
+        raise
+    finally:
+        info["seconds"] = round(before + time.monotonic() - began, 2)
+        write_json(run_dir / "run.json", info)
+        tracker.finish()
+    return info
+
+
+def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
+    """One stage, unless it is done; its last metrics. An interrupt saves the weights of the moment as a checkpoint."""
+    folder = run_dir / name
+    done = folder / "DONE"
+    if done.is_file():
+        display.say(f"[{name}] done before; skipped")
+        summary: dict[str, float] = json.loads(done.read_text())["summary"]
+        return summary
+    config = plan.config["stages"][name]
+    log = StageLog(folder, name, display=display, tracker=tracker, health=health)
+    stage, key = plan.objective
+    ctx = Context(
+        run_dir, name, plan.config["seed"], plan.model, log, task=plan.task, objective=key if stage == name else ""
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    try:
+        summary = plan.stages[name].run(ctx)
+    except (KeyboardInterrupt, Interrupted):
+        if ctx.policy_in_training is not None and ctx.step:
+            ctx.checkpoint(f"step-{ctx.step:06d}", ctx.policy_in_training)
+            display.say(f"[{name}] interrupted; the weights of step {ctx.step} are in {folder / 'checkpoints'}")
+        raise
+    finally:
+        log.close()
+    write_json(done, {"kind": config["kind"], "summary": summary})
+    return summary
+
+
+def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -> dict[str, Any]:
+    """Make the run directory, or take up the one that is there; refuse it when its config differs."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
+    saved = run_dir / "config.yaml"
+    if saved.is_file():
+        if changes := differences(yaml.safe_load(saved.read_text()), plan.config):
+            shown = "\n".join(f"  {line}" for line in changes[:20])
+            raise ConfigError(
+                f"run_dir={run_dir} holds a run of another config; start it with the same settings or choose another "
+                f"directory. What differs (there -> now):\n{shown}"
+            )
+        info = read_json(run_dir / "run.json")
+    elif any(run_dir.iterdir()):
+        raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
+    else:
+        info = {}
+        saved.write_text(yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    info |= {
+        "recipe": plan.config["recipe"],
+        "purpose": plan.config.get("purpose", ""),
+        "command": shlex.join(["rlx", *command[1:]]),
+        "overrides": overrides,
+        "status": "running",
+        "error": None,
+        "seed": plan.config["seed"],
+        "created": info.get("created") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git": git_revision(),
+        "code": code_hash(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "objective": info.get("objective"),
+        "tracker_id": info.get("tracker_id") or uuid.uuid4().hex[:8],
+    }
+    write_json(run_dir / "run.json", info)
+    return info
+
+
+def objective(plan: Plan, done: dict[str, dict[str, float]]) -> float | None:
+    """The last value of the recipe's objective."""
+    stage, key = plan.objective
+    return done.get(stage, {}).get(key)
+
+
+def make_tracker(plan: Plan, run_dir: Path, info: dict[str, Any]) -> Tracker:
+    """What `track` names. Sweeps share a group."""
+    settings = plan.config.get("track") or {}
+    if settings.get("name") != "wandb":
+        return NoTracker()
+    group = settings.get("group") or (run_dir.parent.name if info.get("sweep") else None)
+    return Wandb({**settings, "group": group}, plan.config, run_dir, info["tracker_id"])
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`key: there -> now` for each leaf that differs, but for the keys that may."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in {**old, **new} if path or k not in FREE]
+        return [
+            line
+            for k in keys
+            for line in differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{path}.{k}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def stop_on_signal(signum: int, _frame: object) -> None:
+    """SIGTERM (a scheduler's) is an interrupt that is not the keyboard's."""
+    raise Interrupted(signal.Signals(signum).name)
+
+
+def default_run_dir(recipe: str) -> Path:
+    """runs/<recipe>/<time>, unused."""
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    base = Path("runs") / recipe / stamp
+    return next(p for i in range(1000) if not (p := base.with_name(f"{stamp}_{i}") if i else base).exists())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed: a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file, or nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def git_revision() -> str | None:
+    """The revision of the code that runs, and whether it has local changes; None outside a checkout."""
+    git = shutil.which("git")
+    if git is None or not (PACKAGE.parent / ".git").exists():
+        return None
+    ask = lambda *args: subprocess.run([git, "-C", str(PACKAGE.parent), *args], capture_output=True, text=True)  # noqa: E731
+    head = ask("rev-parse", "--short=12", "HEAD")
+    if head.returncode:
+        return None
+    return head.stdout.strip() + (" (with local changes)" if ask("status", "--porcelain").stdout.strip() else "")
+
+
+def code_hash() -> str:
+    """A hash of every source file of rlx: two results with equal hashes come from the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide a result."""
+    found = {"python": platform.python_version(), "rlx": __version__}
+    for name in VERSIONS[1:]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """What it ran on."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads" + "".join(
+        f", {name}" for name in devices
+    )

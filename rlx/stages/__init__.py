@@ -1,0 +1,1 @@
+"""The stages of a recipe: short loops that know no method."""

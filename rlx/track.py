@@ -1,0 +1,270 @@
+"""The record of a stage: metrics.jsonl and samples.jsonl always, a live display, health lines, wandb on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlx.types import Episode
+
+Health = Callable[[str, Mapping[str, float], Sequence[Mapping[str, float]]], list[tuple[str, str]]]
+
+
+class Tracker(Protocol):
+    """A sink beside the files: it may fail, the run goes on."""
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class Wandb:
+    """Weights and Biases. Its first failure is told once and ends it; the files are the record, so nothing is lost."""
+
+    def __init__(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
+        self.dead = False
+        self.run: Any = None
+        self._try(lambda: self._start(settings, config, run_dir, identity))
+
+    def _start(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            id=identity,
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(config),
+            project=settings.get("project") or "rlx",
+            entity=settings.get("entity"),
+            group=settings.get("group"),
+            name=settings.get("run_name") or run_dir.name,
+            mode=settings.get("mode"),
+        )
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics prefixed with their stage, on the stage's own step axis."""
+        row = {f"{stage}/{name}": value for name, value in metrics.items()} | {f"{stage}/step": step}
+        self._try(lambda: self.run.log(row))
+
+    def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
+        """A table of sample completions."""
+
+        def send() -> None:
+            import wandb
+
+            columns = ["step", "prompt", "completion", "reward", "advantage", "rewards"]
+            data = [[step, *(str(row.get(c)) for c in columns[1:])] for row in rows]
+            self.run.log({f"{stage}/samples": wandb.Table(columns=columns, data=data)})
+
+        self._try(send)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._try(lambda: self.run.finish())
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.dead:
+            return
+        try:
+            act()
+        except Exception as error:  # whatever a tracker does must not end a training run
+            self.dead = True
+            print(f"wandb stopped ({type(error).__name__}: {error}); metrics go on in the run directory", file=sys.stderr)
+
+
+class Display(Protocol):
+    """What is shown while a stage runs."""
+
+    def begin(self, stage: str, total: int) -> None: ...
+
+    def show(self, stage: str, step: int, total: int, metrics: Mapping[str, float], left: float) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Lines:
+    """Plain lines, at most one in `every` seconds and stage: for logs and pipes."""
+
+    def __init__(self, every: float = 5.0) -> None:
+        self.every = every
+        self.shown = 0.0
+
+    def begin(self, stage: str, total: int) -> None:
+        """A stage begins."""
+        self.shown = 0.0
+        print(f"[{stage}] {total} steps", flush=True)
+
+    def show(self, stage: str, step: int, total: int, metrics: Mapping[str, float], left: float) -> None:
+        """One line."""
+        if step < total and time.monotonic() - self.shown < self.every and not any(k.startswith("eval/") for k in metrics):
+            return
+        self.shown = time.monotonic()
+        print(f"[{stage}] {step}/{total}  {headline(metrics)}  {clock(left)} left", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        print(line, flush=True)
+
+    def end(self) -> None:
+        """Nothing to close."""
+
+
+class Live:
+    """One line a stage that is rewritten in place, for a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, console=Console(), refresh_per_second=4)
+        self.measured = ""
+        self.task: Any = None
+
+    def begin(self, stage: str, total: int) -> None:
+        """A bar for the stage."""
+        self.measured = ""
+        self.progress.start()
+        self.task = self.progress.add_task(stage, total=total, text="")
+
+    def show(self, stage: str, step: int, total: int, metrics: Mapping[str, float], left: float) -> None:
+        """Move the bar."""
+        if evals := {k: v for k, v in metrics.items() if k.startswith("eval/")}:
+            self.measured = headline(evals)
+        now = headline({k: v for k, v in metrics.items() if not k.startswith("eval/")})
+        if self.task is not None:
+            self.progress.update(self.task, completed=step, text=f"{now}  {self.measured}  {clock(left)} left")
+
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(line, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """Leave the bars as they are."""
+        self.progress.stop()
+
+
+class StageLog:
+    """The log of one stage: every line is flushed, so that a killed run keeps what it had."""
+
+    def __init__(self, folder: Path, stage: str, *, display: Display, tracker: Tracker, health: Health) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stage, self.display, self.tracker, self.health = stage, display, tracker, health
+        self.metrics_file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self.samples_file = (folder / "samples.jsonl").open("w", encoding="utf-8")
+        self.history: list[dict[str, float]] = []
+        self.warned: set[str] = set()
+        self.stopped = ""
+        self.total = 0
+        self.started = self.last = time.monotonic()
+        self.last_step = 0
+        self.tokens = 0.0
+
+    def begin(self, total: int) -> None:
+        """Training begins: `total` steps."""
+        self.total = total
+        self.display.begin(self.stage, total)
+        self.started = self.last = time.monotonic()
+
+    def step(self, step: int, metrics: Mapping[str, float], episodes: list[Episode], *, policy: str = "") -> None:
+        """One line of metrics, and the episodes worth looking at."""
+        now = time.monotonic()
+        record = dict(metrics)
+        if "tokens" in metrics and step > self.last_step:
+            record["tokens_per_second"] = metrics["tokens"] * (step - self.last_step) / max(1e-9, now - self.last)
+        self.last, self.last_step = now, step
+        line = {"step": step, "seconds": round(now - self.started, 3), **({"policy": policy} if policy else {})}
+        write(self.metrics_file, line | record)
+        self.history.append(record)
+        rows = [{"step": step, **({"policy": policy} if policy else {}), **sample(e)} for e in episodes]
+        for row in rows:
+            write(self.samples_file, row)
+        prefix = f"{self.stage}/{policy}" if policy else self.stage
+        self.tracker.log(prefix, step, record)
+        if rows:
+            self.tracker.samples(prefix, step, rows)
+        left = (now - self.started) / step * (self.total - step) if step else 0.0
+        if self.total:
+            self.display.show(self.stage, step, self.total, record, left)
+        for key, text in self.health(self.stage, record, self.history):
+            if key not in self.warned:
+                self.warned.add(key)
+                self.display.say(f"! {text}")
+
+    def stop(self, reason: str) -> None:
+        """End the stage after this step."""
+        self.stopped = reason
+        self.display.say(f"[{self.stage}] stops early: {reason}")
+
+    def close(self) -> None:
+        """Close the files and leave the display."""
+        self.display.end()
+        self.metrics_file.close()
+        self.samples_file.close()
+
+
+def write(file: Any, row: Mapping[str, Any]) -> None:
+    """One JSON line; a number that is not finite becomes null, so that any reader can parse it."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    file.write(json.dumps(clean, ensure_ascii=False, default=str) + "\n")
+    file.flush()
+
+
+def sample(episode: Episode) -> dict[str, Any]:
+    """An episode as a row of samples.jsonl."""
+    return {
+        "prompt": "\n".join(m.content for m in episode.task.prompt),
+        "completion": episode.completion,
+        "answer": episode.task.answer,
+        "rewards": {k: None if math.isnan(v) else v for k, v in episode.rewards.items()},
+        "reward": None if math.isnan(episode.reward) else episode.reward,
+        "advantage": episode.info.get("advantage"),
+        "status": episode.status.value,
+    }
+
+
+# What a line shows, in this order. A policy-gradient loss is near 0 whatever happens, so the reward stands instead of it.
+SHOWN = {"reward": "reward", "eval/accuracy": "accuracy", "entropy": "entropy", "tokens_per_second": "tok/s"}
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """The few numbers that say how it goes."""
+    parts = [f"{label} {short(metrics[key])}" for key, label in SHOWN.items() if key in metrics]
+    if "reward" not in metrics and "loss" in metrics:
+        parts.insert(0, f"loss {short(metrics['loss'])}")
+    parts += [f"{k[5:]} {short(v)}" for k, v in metrics.items() if k.startswith("eval/") and k not in SHOWN]
+    return "  ".join(parts)
+
+
+def short(value: float) -> str:
+    """A number in a few characters."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,121 @@
+"""Rewards by rule, and the worker that compares formulas."""
+
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlx.rewards import latex, rules
+from rlx.types import ConfigError, DataError, Episode, Message, Task, Turn
+
+
+def episode(completion: str = "", *, answer: object = "5", num_tokens: int = 0, **info: object) -> Episode:
+    turn = Turn(
+        np.zeros(0, np.int64), np.zeros(num_tokens, np.int64), np.zeros(0, np.float32), Message("assistant", completion)
+    )
+    return Episode(Task((Message("user", "2+3="),), answer), group=0, turns=[turn], info=dict(info))
+
+
+def lengths(*num_tokens: int, **info: object) -> list[Episode]:
+    return [episode(num_tokens=n, **info) for n in num_tokens]
+
+
+# --------------------------------------------------------------------------- answer_match
+def test_answer_match():
+    group = [episode(text) for text in ["5", "#### 5.0", r"\boxed{6}", "The answer is 5.", "no idea at all", ""]]
+    assert rules.answer_match(group) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    assert rules.answer_match(group, extract="hash") == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_answer_match_takes_numbers_and_worked_solutions_as_gold():
+    assert rules.answer_match([episode("125", answer=125), episode("72", answer="24 + 48\n#### 72")]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("answer", [None, " "])
+def test_a_task_without_answer_is_an_error(answer):
+    with pytest.raises(DataError, match=r"answer_match: the task '2\+3=' \(group 0\) has no answer"):
+        rules.answer_match([episode("5", answer=answer)])
+
+
+def test_math_verify_survives_a_tower_of_powers():
+    """The tower is nan or wrong within its second, and the samples before and after it are scored."""
+    golds_and_texts = [(r"\frac{1}{2}", "0.5"), ("5", r"\boxed{9^{9^{9^{9}}}}"), ("x+1", r"\boxed{1+x}"), ("5", "6")]
+    group = [episode(text, answer=gold) for gold, text in golds_and_texts]
+    half, tower, algebra, wrong = rules.answer_match(group, method="math_verify", timeout=1.0)
+    assert (half, algebra, wrong) == (1.0, 1.0, 0.0)
+    assert math.isnan(tower) or tower == 0.0
+
+
+def test_exact_asks_no_parser():
+    assert rules.answer_match([episode("0.5", answer=r"\frac{1}{2}")]) == [0.0]
+
+
+def test_a_dead_worker_is_replaced_and_threads_may_ask():
+    assert latex.same_math("x+1", "1+x", timeout=30.0) is True
+    assert latex._worker is not None
+    latex._worker.kill()
+    latex._worker.wait()
+    seen: list[bool | None] = []
+    thread = threading.Thread(target=lambda: seen.append(latex.same_math(r"\sqrt{8}", r"2\sqrt{2}", timeout=30.0)))
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_the_worker_sees_no_environment(monkeypatch):
+    monkeypatch.setenv("RLX_TEST_SECRET", "s3cret")
+    latex._stop()
+    assert latex.same_math("1", "2", timeout=30.0) is False
+    assert latex._worker is not None
+    assert b"s3cret" not in Path(f"/proc/{latex._worker.pid}/environ").read_bytes()
+
+
+# --------------------------------------------------------------------------- format
+def test_format_by_default_wants_the_answer_last():
+    texts = [
+        "2+3=5\n#### 5",
+        "#### -1,000.5",
+        r"so \boxed{x}.",
+        "  #### 5 \n",
+        "#### 5 it is",
+        "5",
+        "",
+        "#### ",
+        r"\boxed{}",
+    ]
+    assert rules.format([episode(text) for text in texts]) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_format_matches_all_of_the_completion():
+    pattern = "<think>.*</think>.+"
+    texts = ["<think>a\nb</think> 5", "<think></think>", "x<think></think>5"]
+    assert rules.format([episode(text) for text in texts], pattern=pattern) == [1.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="reward format: pattern '\\(' is no regular expression"):
+        rules.format([episode("5")], pattern="(")
+
+
+# --------------------------------------------------------------------------- lengths
+def test_soft_overlong_by_hand():
+    """L 20, c 4."""
+    got = rules.soft_overlong(lengths(0, 16, 17, 18, 20, 21), limit=20, budget=4)
+    np.testing.assert_allclose(got, [0.0, 0.0, -0.25, -0.5, -1.0, -1.0], rtol=0, atol=0)
+
+
+def test_soft_overlong_takes_the_sampler_s_limit():
+    assert rules.soft_overlong(lengths(18, max_new_tokens=20), budget=4) == [-0.5]
+    with pytest.raises(DataError, match="soft_overlong: the episodes do not say"):
+        rules.soft_overlong(lengths(18), budget=4)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 21])
+def test_soft_overlong_refuses_a_budget_outside_the_limit(budget):
+    with pytest.raises(ConfigError, match="budget has to be from 1 to the limit of 20 tokens"):
+        rules.soft_overlong(lengths(18), limit=20, budget=budget)
+
+
+def test_length():
+    np.testing.assert_allclose(rules.length(lengths(0, 50)), [0.0, -0.5], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(rules.length(lengths(8, 13), target=10, scale=0.1), [-0.2, -0.3], rtol=0, atol=1e-12)
