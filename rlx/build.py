@@ -41,7 +41,14 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
     "watch": {"read": dict[str, str]},
     "reward": {"weight": float},
 }
-WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
+WORDS = {
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
 
 
 @dataclass
@@ -92,9 +99,7 @@ class Binder:
         if unknown := [key for key in read if key not in reads]:
             self.errors.append(f"{path}.read.{unknown[0]}: {group} {name!r} reads {', '.join(reads)}")
         label = name + (f"@{number}" if number else "")
-        return t.Component(
-            label, partial(target, **settings), tuple(read.get(r, r) for r in reads), settings=settings, **frame
-        )
+        return t.Component(label, partial(target, **settings), tuple(read.get(r, r) for r in reads), settings=settings, **frame)
 
     def record(self, cls: Any, what: str, node: Mapping[str, Any], path: str) -> Any:
         """A mapping -> the dataclass `cls`, field by field."""

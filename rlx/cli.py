@@ -164,9 +164,9 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out tasks.
 
-      rlx eval runs/mine                           every stage of a run, on its own task
-      rlx eval Qwen/Qwen2.5-0.5B task=gsm8k limit=200
-      rlx eval runs/mine/rl/out task=arithmetic metrics=[accuracy,pass@8] --json
+    rlx eval runs/mine                           every stage of a run, on its own task
+    rlx eval Qwen/Qwen2.5-0.5B task=gsm8k limit=200
+    rlx eval runs/mine/rl/out task=arithmetic metrics=[accuracy,pass@8] --json
     """
     from rlx import app as run
 
@@ -177,7 +177,9 @@ def evaluate(
 def reproduce(
     overrides: Overrides,
     seeds: Annotated[str, typer.Option(help="Seeds instead of the recipe's, such as 0,1,2,3.")] = "",
-    paper: Annotated[bool, typer.Option("--paper", help="Run at the published settings, beside the published figures.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Run at the published settings, beside the published figures.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the result is written.")] = Path("docs/results"),
     jobs: Annotated[int, typer.Option(help="Processes at a time (0: as many as there are cores).")] = 0,
     recipes: Recipes = None,

@@ -16,7 +16,10 @@ from rlx.types import Batch, Component, Counts, LossTerm, Policy, Reduce, Watch
 
 @dataclass(frozen=True)
 class Update:
-    """What is trained on a batch: the terms, how they are reduced, and how often the batch is gone through."""
+    """What is trained on a batch: the terms, how they are reduced, and how often the batch is gone through.
+
+    `sampled`: the batch was sampled from the policy, so its log-probs are compared with the first forward.
+    """
 
     loss: Sequence[Component[LossTerm]]
     reduce: Component[Reduce]
@@ -25,6 +28,7 @@ class Update:
     minibatches: int = 1
     token_budget: int = 16384
     temperature: float = 1.0
+    sampled: bool = False
 
     @property
     def wants(self) -> set[str]:
@@ -61,7 +65,7 @@ class TorchLearner:
             order = rng.permutation(len(batch.rows)) if update.minibatches > 1 else np.arange(len(batch.rows))
             for part in np.array_split(order, min(update.minibatches, len(order))):
                 first = not shown
-                shown.append(self._optimise(batch.take(part.tolist()), update, check_gap=first))
+                shown.append(self._optimise(batch.take(part.tolist()), update, check_gap=first and update.sampled))
         means = {
             name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,10 +124,37 @@ def bind_stage(binder: Binder, name: str, node: Any) -> Any:
         binder.errors.append(f"{path}.kind: no stage kind is called {kind!r}{hint(kind, CATALOGUE['stage'])}")
         return None
     cls = binder.locate("stage", str(kind), f"{path}.kind")
-    stage = binder.record(cls, f"stage kind {kind!r}", {k: v for k, v in node.items() if k != "kind"}, path)
+    settings = {k: v for k, v in node.items() if k != "kind"} | watched(node)
+    stage = binder.record(cls, f"stage kind {kind!r}", settings, path)
     if stage is not None:
         binder.errors += [f"{path}.{line}" for line in stage.problems()]
     return stage
+
+
+def watched(node: Mapping[str, Any]) -> dict[str, Any]:
+    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say)."""
+    if not isinstance(node.get("watch"), list) or not isinstance(node.get("loss"), list):
+        return {}
+    known: dict[str, list[Any]] = {}
+    for term in node["loss"]:
+        for key, value in settings_of("loss", term).items():
+            known.setdefault(key, []).append(value)
+    out = []
+    for item in node["watch"]:
+        unset = [k for k, v in settings_of("watch", item).items() if v is inspect.Parameter.empty]
+        taken = {k: known[k][0] for k in unset if len(known.get(k, [])) == 1}
+        out.append({**({"name": item} if isinstance(item, str) else item), **taken} if taken else item)
+    return {"watch": out}
+
+
+def settings_of(group: str, node: Any) -> dict[str, Any]:
+    """The hyperparameters of a shipped component as the node sets them, or its defaults; empty where it is not known."""
+    given = {"name": node} if isinstance(node, str) else dict(node) if isinstance(node, Mapping) else {}
+    if given.get("name") not in CATALOGUE[group]:
+        return {}
+    module, _, attr = CATALOGUE[group][given["name"]].partition(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), attr)).parameters.values()
+    return {p.name: given.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def bind_objective(binder: Binder, text: Any, nodes: Mapping[str, Any]) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from rlx.health import health
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
 from rlx.stages.context import Context
-from rlx.track import Display, Lines, Live, NoTracker, StageLog, Tracker, Wandb
+from rlx.track import Display, Lines, Live, Log, NoTracker, Tracker, Wandb
 from rlx.types import ConfigError
 
 VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
@@ -78,10 +78,16 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         summary: dict[str, float] = json.loads(done.read_text())["summary"]
         return summary
     config = plan.config["stages"][name]
-    log = StageLog(folder, name, display=display, tracker=tracker, health=health)
+    log = Log(folder, name, display=display, tracker=tracker, health=health)
     stage, key = plan.objective
     ctx = Context(
-        run_dir, name, plan.config["seed"], plan.model, log, task=plan.task, objective=key if stage == name else ""
+        run_dir=run_dir,
+        name=name,
+        seed=plan.config["seed"],
+        model=plan.model,
+        task=plan.task,
+        log=log,
+        objective=key if stage == name else "",
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     try:
@@ -104,7 +110,9 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -
         (run_dir / ".writable").touch()
         (run_dir / ".writable").unlink()
     except OSError as error:
-        raise ConfigError(f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
+        raise ConfigError(
+            f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another with run_dir=DIR"
+        ) from error
     saved = run_dir / "config.yaml"
     if saved.is_file():
         if changes := differences(yaml.safe_load(saved.read_text()), plan.config):
@@ -195,17 +203,23 @@ def git_revision() -> str | None:
     git = shutil.which("git")
     if git is None or not (PACKAGE.parent / ".git").exists():
         return None
-    ask = lambda *args: subprocess.run([git, "-C", str(PACKAGE.parent), *args], capture_output=True, text=True)  # noqa: E731
+
+    def ask(*args: str) -> str:
+        done = subprocess.run([git, "-C", str(PACKAGE.parent), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     head = ask("rev-parse", "--short=12", "HEAD")
-    if head.returncode:
+    if not head:
         return None
-    return head.stdout.strip() + (" (with local changes)" if ask("status", "--porcelain").stdout.strip() else "")
+    return head + (" (with local changes)" if ask("status", "--porcelain") else "")
 
 
 def code_hash() -> str:
-    """A hash of every source file of rlx: two results with equal hashes come from the same code."""
+    """A hash of every source file of rlx but those that only print: two results with equal hashes come from the same code."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "report" or path.name in ("cli.py", "show.py"):
+            continue
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -138,7 +138,12 @@ class Live:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.progress = Progress(*columns, console=Console(), refresh_per_second=4)
         self.measured = ""
         self.task: Any = None
@@ -166,7 +171,7 @@ class Live:
         self.progress.stop()
 
 
-class StageLog:
+class Log:
     """The log of one stage: every line is flushed, so that a killed run keeps what it had."""
 
     def __init__(self, folder: Path, stage: str, *, display: Display, tracker: Tracker, health: Health) -> None:

@@ -41,15 +41,13 @@ def arithmetic(
     Raises ConfigError: a setting out of range.
     """
     if not 1 <= digits <= 9:
-        raise ConfigError(f"task.digits: expected 1 to 9, got {digits}")
+        raise ConfigError(f"digits: expected 1 to 9, got {digits}")
     if not 0.0 <= error_rate <= 1.0:
-        raise ConfigError(f"task.error_rate: expected a probability from 0 to 1, got {error_rate}")
+        raise ConfigError(f"error_rate: expected a probability from 0 to 1, got {error_rate}")
     if error_rate > 0 and digits == 1:
-        raise ConfigError("task.error_rate: sums of one digit have no carry to drop; set task.digits to 2 or more")
+        raise ConfigError("error_rate: sums of one digit have no carry to drop; set task.digits to 2 or more")
     if min(dev, test) < 0 or (demos is not None and demos < 1):
-        raise ConfigError(
-            f"task: expected dev and test of at least 0 and demos of at least 1, got {dev}, {test}, {demos}"
-        )
+        raise ConfigError(f"expected dev and test of at least 0 and demos of at least 1, got {dev}, {test}, {demos}")
     problems = split_problems(digits, dev, test, data_seed)
     return TaskSource(
         {
@@ -71,7 +69,7 @@ def split_problems(digits: int, dev: int, test: int, data_seed: int) -> dict[str
     pairs = _unordered_pairs(digits, rng)
     if dev + test >= len(pairs):
         raise ConfigError(
-            f"task: dev {dev} and test {test} leave nothing to train on: there are {len(pairs)} unordered pairs of "
+            f"dev {dev} and test {test} leave nothing to train on: there are {len(pairs)} unordered pairs of "
             f"{digits}-digit numbers; lower task.dev and task.test or raise task.digits"
         )
     shuffled = [pairs[i] for i in rng.permutation(len(pairs))]

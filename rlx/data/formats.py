@@ -66,9 +66,7 @@ def episodes(
     return placed_episodes(placed, source=source, columns=columns)
 
 
-def placed_episodes(
-    rows: Iterable[tuple[str, Row]], *, source: str, columns: Mapping[str, str] | None = None
-) -> list[Episode]:
+def placed_episodes(rows: Iterable[tuple[str, Row]], *, source: str, columns: Mapping[str, str] | None = None) -> list[Episode]:
     """`episodes` for rows that come with their place, such as "train.jsonl line 17"."""
     made: list[Episode] = []
     problems: list[str] = []
@@ -105,9 +103,7 @@ def _sniff(row: Row, source: str) -> tuple[str, ...]:
         if all(name in row for name in layout):
             return layout
     known = " | ".join(", ".join(layout) for layout in FORMATS)
-    raise DataError(
-        f"{source}: no format fits the columns {', '.join(row)}; known formats: {known}; {_suggestion(list(row))}"
-    )
+    raise DataError(f"{source}: no format fits the columns {', '.join(row)}; known formats: {known}; {_suggestion(list(row))}")
 
 
 def _suggestion(found: Sequence[str]) -> str:
@@ -164,11 +160,7 @@ def _turns(messages: Sequence[Message]) -> list[Turn]:
 
 # --------------------------------------------------------------------------- cells -> messages
 def _prompt(value: Any, where: str) -> list[Message]:
-    return (
-        [Message("user", _text(value, where, "prompt"))]
-        if isinstance(value, str)
-        else _messages(value, where, "prompt")
-    )
+    return [Message("user", _text(value, where, "prompt"))] if isinstance(value, str) else _messages(value, where, "prompt")
 
 
 def _completion(value: Any, where: str, column: str, prompt: Sequence[Message] = ()) -> list[Message]:
@@ -198,9 +190,7 @@ def _shared_prompt(row: Row, where: str) -> tuple[list[Message], list[Message], 
         if i > 0 and a.role == b.role == "assistant" and chosen[:i] == rejected[:i]
     ]
     if not splits:
-        raise DataError(
-            f"{where}, columns 'chosen' and 'rejected': expected the same messages up to the assistant's reply"
-        )
+        raise DataError(f"{where}, columns 'chosen' and 'rejected': expected the same messages up to the assistant's reply")
     split = splits[-1]
     return chosen[:split], chosen[split:], rejected[split:]
 

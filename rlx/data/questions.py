@@ -39,7 +39,7 @@ def splits(
     Calling a split raises ConfigError where `dev` leaves nothing to train on.
     """
     if dev < 0 or (limit is not None and limit < 1):
-        raise ConfigError(f"task: expected dev of at least 0 and limit of at least 1, got {dev} and {limit}")
+        raise ConfigError(f"expected dev of at least 0 and limit of at least 1, got {dev} and {limit}")
 
     def parts() -> tuple[list[Question], list[Question]]:
         found = train()
@@ -88,9 +88,7 @@ def split_rows(path: str, split: str, subset: str | None = None) -> Rows:
         found = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".parquet", ".csv")]
         file = next((str(file) for file in found if file.is_file()), None)
         if file is None:
-            raise ConfigError(
-                f"task.path: expected {split}.jsonl, {split}.parquet or {split}.csv in {path}, found none"
-            )
+            raise ConfigError(f"task.path: expected {split}.jsonl, {split}.parquet or {split}.csv in {path}, found none")
         return rows_of(file)(file)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ConfigError(f"task.path: no such folder: {path}; give a folder, or a data set of the hub as OWNER/NAME")

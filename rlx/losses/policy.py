@@ -36,9 +36,7 @@ def clipped_surrogate(
     Raises ConfigError if a clip is negative or dual_clip is not above 1.
     """
     if clip_low < 0 or clip_high < 0:
-        raise ConfigError(
-            f"clipped_surrogate: clips must not be negative, got clip_low {clip_low}, clip_high {clip_high}"
-        )
+        raise ConfigError(f"clipped_surrogate: clips must not be negative, got clip_low {clip_low}, clip_high {clip_high}")
     if dual_clip is not None and dual_clip <= 1:
         raise ConfigError(f"clipped_surrogate: dual_clip is a ratio and must be above 1, got {dual_clip}")
     adv = inside(adv, mask)
@@ -49,9 +47,7 @@ def clipped_surrogate(
     return torch.where(adv < 0, torch.minimum(loss, -dual_clip * adv), loss)
 
 
-def kl(
-    logp: Tensor, ref_logp: Tensor, mask: Tensor, *, estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"
-) -> Tensor:
+def kl(logp: Tensor, ref_logp: Tensor, mask: Tensor, *, estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3") -> Tensor:
     """Estimate of KL(pi || ref) at each token, d = log pi - log ref: (N,T) nats.
 
     | estimator | value            | expected gradient, tokens drawn from pi |

@@ -7,9 +7,7 @@ from torch import Tensor
 from rlx.tensors import inside, kl_estimate, log_ratio, ratio
 
 
-def clip_fraction(
-    logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
-) -> Tensor:
+def clip_fraction(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """1 where the clip of `clipped_surrogate` is active and the token has no gradient, else 0: (N,T).
 
     That is q > 1 + clip_high with A > 0, or q < 1 - clip_low with A < 0. It is 0 before an update's first step.

@@ -129,6 +129,10 @@ class LanguageModel:
             raise RuntimeError("this policy was given no rollout engine")
         return self.engine(self, views, keys, sampling)
 
+    def pieces(self, ids: Ids) -> list[str]:
+        """The text of each id by itself, special tokens included."""
+        return [cast(str, self.tokenizer.decode([int(i)])) for i in ids]
+
     # ----------------------------------------------------------------- episodes -> tensors
     def collate(self, episodes: list[Episode]) -> Batch:
         """Episodes as named tensors. Field positions begin after the first turn's prompt; environment text has mask False."""

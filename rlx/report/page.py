@@ -67,7 +67,7 @@ def _run(run: Run, images: Path) -> dict[str, Any]:
         "facts": _facts(run, time=tables.duration(run.info.get("seconds")), seed=run.info.get("seed")),
         "tables": tables.final_tables(run),
         "sections": sections,
-        "samples": [(stage.name, step, pick(stage, step)) for stage in run.stages for step in _sampled_steps(stage)],
+        "samples": [(f"{stage.name}, {at}", pick(rows)) for stage in run.stages for at, rows in _sampled(stage)],
     }
 
 
@@ -129,9 +129,8 @@ def _drawn(charts: list[plots.Chart], images: Path) -> list[tuple[str, Markup]]:
 
 
 # --------------------------------------------------------------------------- samples
-def pick(stage: StageLog, step: object, most: int = 3) -> dict[str, Any]:
-    """The `most` highest and lowest samples of one step by reward, and how many of all its samples are right."""
-    samples = [sample for sample in stage.samples if sample.get("step") == step]
+def pick(samples: list[dict[str, Any]], most: int = 3) -> dict[str, Any]:
+    """The `most` highest and lowest samples by reward, and how many of all samples are right."""
     ranked = sorted(samples, key=lambda s: s["reward"] if is_number(s.get("reward")) else float("-inf"), reverse=True)
     shown = ranked if len(ranked) <= 2 * most else ranked[:most] + ranked[-most:]
     verdicts = [verdict for sample in samples if (verdict := right(sample)) is not None]
@@ -144,9 +143,10 @@ def pick(stage: StageLog, step: object, most: int = 3) -> dict[str, Any]:
 
 
 def right(sample: Mapping[str, Any]) -> bool | None:
-    """Whether a sample's answer is right: its `answer_match` reward is 1. None where it was not judged by that."""
-    match: object = _parts(sample).get("answer_match")
-    return match >= 1 - 1e-6 if is_number(match) else None
+    """Whether a sample's answer is right: its task's verifier gave 1. None where nothing judged the answer."""
+    parts = _parts(sample)
+    score: object = parts.get("verifier", parts.get("answer_match"))
+    return score >= 1 - 1e-6 if is_number(score) else None
 
 
 def signs(text: str) -> str:
@@ -167,7 +167,11 @@ def _parts(sample: Mapping[str, Any]) -> dict[str, Any]:
     return dict(parts) if isinstance(parts, Mapping) else {}
 
 
-def _sampled_steps(stage: StageLog) -> list[object]:
-    """The last and the first step that samples were logged at."""
-    steps = list(dict.fromkeys(sample.get("step") for sample in stage.samples))
-    return [steps[-1], steps[0]] if len(steps) > 1 else list(steps)
+def _sampled(stage: StageLog) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The samples of the last and the first step that has some; of an `evaluate` stage those of each policy."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sample in stage.samples:
+        at = f"policy {sample['policy']}" if sample.get("policy") else f"step {sample.get('step', '-')}"
+        groups.setdefault(at, []).append(sample)
+    found = list(groups.items())
+    return found if stage.kind == "evaluate" or len(found) < 2 else [found[-1], found[0]]

@@ -59,6 +59,7 @@ def stage_charts(stage: StageLog) -> tuple[list[Chart], list[Chart]]:
     keys = [key for key in metric_names(stage) if stage.kind != "evaluate"]
     evals = [key for key in keys if key.startswith("eval/")]
     parts = [key for key in keys if key.startswith("reward/") and key != "reward/failures"]
+    parts = parts if len(parts) > 1 else []  # a single part is the reward itself
     shares = [key for key in evals if is_share(key)]
     groups = [shares] + [[key] for key in evals if key not in shares]
     groups += [["reward"] if "reward" in keys else ["loss"], parts]
@@ -181,6 +182,8 @@ def _draw(chart: Chart) -> Any:
             axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
         marker = "o" if line.points else ""
         drawn += axes.plot(line.x, line.y, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=3.6)
+    last = max([1.0, *(step for line in chart.lines for step in line.x)])
+    axes.set_xlim(-0.03 * last, 1.03 * last)
     axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold")
     axes.set_xlabel("step")
     axes.set_ylabel(chart.y)

@@ -77,14 +77,18 @@ def final_tables(run: Run) -> list[Table]:
 
 
 def headline(run: Run) -> Headline | None:
-    """From the first to the last policy of the last `evaluate` stage, or from the objective's first to last value."""
+    """The last `evaluate` stage's first policy -> the one of the objective's stage (else its last: the others are
+    controls); without such a stage the objective's first -> last value.
+    """
     objective = str(run.config.get("objective") or "")
+    trained = objective.partition("/")[0]
     for stage in reversed(run.stages):
         if stage.kind == "evaluate" and len(stage.metrics) > 1:
             names = metric_names(stage)
             wanted = objective.rpartition("/")[2]
             if names:
-                return _between(stage, wanted if wanted in names else names[0])
+                reached = next((row for row in stage.metrics[1:] if row.get("policy") == trained), stage.metrics[-1])
+                return _between(stage.name, wanted if wanted in names else names[0], stage.metrics[0], reached)
     before, after = value(run, objective, "first"), value(run, objective, "last")
     if before is None or after is None:
         return None
@@ -126,7 +130,7 @@ def duration(seconds: object) -> str:
 def _policies(stage: StageLog) -> Table:
     names = metric_names(stage)
     sizes = sorted({row["n"] for row in stage.metrics if is_number(row.get("n"))})
-    tasks = f" ({' to '.join(str(n) for n in sizes[:: max(1, len(sizes) - 1)])} tasks)" if sizes else ""
+    tasks = f" ({' to '.join(f'{n:g}' for n in sizes[:: max(1, len(sizes) - 1)])} tasks)" if sizes else ""
     interval = " with 95 % interval" if any(f"{name}/low" in row for row in stage.metrics for name in names) else ""
     rows = [[str(row.get("policy", "-")), *(_with_interval(row, name) for name in names)] for row in stage.metrics]
     return Table(f"{stage.name}{tasks}{interval}", ["policy", *names], rows)
@@ -146,8 +150,8 @@ def _trained(run: Run, stages: list[StageLog]) -> Table:
         # The loss of an online stage is near 0 whatever happens, so it says nothing beside a reward.
         loss = "-" if series(stage, "reward")[1] else _first_last(run, stage, "loss")
         results = [_first_last(run, stage, "reward"), _first_last(run, stage, "eval/accuracy"), loss]
-        spent = sum(row["seconds"] for row in stage.metrics if is_number(row.get("seconds")))
-        rows.append([stage.name, stage.kind or "-", _progress(run, stage), duration(spent or None), *results])
+        spent = value(run, f"{stage.name}/seconds", "last")
+        rows.append([stage.name, stage.kind or "-", _progress(run, stage), duration(spent), *results])
     header = ["stage", "kind", "steps", "time", "reward", "eval/accuracy", "loss"]
     kept = [i for i in range(len(header)) if i < 4 or any(row[i] != "-" for row in rows)]
     return Table("first -> last", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], left=2)
@@ -168,8 +172,7 @@ def _first_last(run: Run, stage: StageLog, key: str) -> str:
     return "-" if first is None else f"{number(key, first)} -> {number(key, last)}"
 
 
-def _between(stage: StageLog, name: str) -> Headline:
-    first, last = stage.metrics[0], stage.metrics[-1]
+def _between(stage: str, name: str, first: dict[str, Any], last: dict[str, Any]) -> Headline:
     remark = ""
     if is_number(first.get(name)) and is_number(last.get(name)):
         remark = _difference(name, first[name], last[name])
@@ -178,7 +181,7 @@ def _between(stage: StageLog, name: str) -> Headline:
         apart = max(ends[0], ends[2]) > min(ends[1], ends[3])
         remark += f"; the 95 % intervals {'do not overlap' if apart else 'overlap'}"
     before, after = (f"{number(name, row.get(name))} ({row.get('policy', '-')})" for row in (first, last))
-    return Headline(f"{stage.name} {name}", f"{before} -> {after}", remark)
+    return Headline(f"{stage} {name}", f"{before} -> {after}", remark)
 
 
 def _difference(metric: str, before: float, after: float) -> str:
@@ -267,9 +270,10 @@ def spread(metric: str, values: list[float]) -> str:
 
 
 def _overrides(run: Run) -> list[str]:
-    """The overrides as the user gave them, without Hydra's leading + signs."""
+    """The overrides as the user gave them, without Hydra's leading + signs and the place that the run is in."""
     given = run.info.get("overrides")
-    return [str(override).lstrip("+") for override in given] if isinstance(given, list) else []
+    plain = [str(override).lstrip("+") for override in given] if isinstance(given, list) else []
+    return [override for override in plain if not override.startswith("run_dir=")]
 
 
 # --------------------------------------------------------------------------- text

@@ -22,9 +22,7 @@ _UNSIGNED = (
     r"(?:(?P<top>\d+) ?/ ?(?P<bottom>\d+)"
     r"|(?P<decimal>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE](?P<exponent>[-+]?\d+))?)"
 )
-_NUMBER = re.compile(
-    r"(?:\\?\$ ?)?(?P<sign>[-+]?) ?(?:\\?\$)?" + _UNSIGNED + r"(?: ?\\?%| (?P<unit>[A-Za-z]{2,}))?", re.ASCII
-)
+_NUMBER = re.compile(r"(?:\\?\$ ?)?(?P<sign>[-+]?) ?(?:\\?\$)?" + _UNSIGNED + r"(?: ?\\?%| (?P<unit>[A-Za-z]{2,}))?", re.ASCII)
 _IN_TEXT = re.compile(r"(?:(?<![\w)\]}])[-+\u2212])?\$?" + _UNSIGNED, re.ASCII)
 
 

@@ -123,17 +123,13 @@ def cut(probs: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1.0:
         order = probs.sort(-1, descending=True)
         before = order.values.cumsum(-1) - order.values  # mass of the likelier tokens
-        probs = torch.zeros_like(probs).scatter(
-            -1, order.indices, torch.where(before < sampling.top_p, order.values, 0.0)
-        )
+        probs = torch.zeros_like(probs).scatter(-1, order.indices, torch.where(before < sampling.top_p, order.values, 0.0))
     return probs
 
 
 def to_turns(policy: LanguageModel, prompts: list[Ids], owner: Any, did: Any, logp: Any, length: Any, ended: Any) -> list[Turn]:
     """One Turn a sampled row."""
-    texts = policy.tokenizer.batch_decode(
-        [did[i, : length[i]] for i in range(len(owner))], skip_special_tokens=True
-    )
+    texts = policy.tokenizer.batch_decode([did[i, : length[i]] for i in range(len(owner))], skip_special_tokens=True)
     return [
         Turn(
             seen=prompts[owner[i]],

@@ -10,34 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rlx.rollout.noise import key
-from rlx.track import StageLog
+from rlx.track import Log
 from rlx.types import Component, ConfigError, DataRef, Env, Episode, Model, ModelRef, Policy, Reward, TaskSource
 
 if TYPE_CHECKING:
     from rlx.models.language import LanguageModel
 
 
-@dataclass
-class Context:
-    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's."""
+@dataclass(kw_only=True)
+class Sources:
+    """What the references of the stage `name` mean: weights, rows, environment, verifier, random draws."""
 
     run_dir: Path
     name: str
     seed: int
     model: Component[Model]
-    log: StageLog
     task: TaskSource | None = None
-    objective: str = ""
-    step: int = 0
-    policy_in_training: Policy | None = None
-    best: float = float("-inf")
-    since_best: int = 0
     rows: dict[str, list[Episode]] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        """Where this stage writes."""
-        return self.run_dir / self.name
 
     def policy(self, ref: ModelRef | None) -> Policy:
         """The weights that a reference means (without one, the recipe's `model`), with the rollout engine."""
@@ -96,6 +85,23 @@ class Context:
     def seeds(self, *parts: int) -> tuple[int, ...]:
         """A key of random draws that belongs to this run and stage."""
         return (self.seed, key(*self.name.encode()), *parts)
+
+
+@dataclass(kw_only=True)
+class Context(Sources):
+    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's."""
+
+    log: Log
+    objective: str = ""
+    step: int = 0
+    policy_in_training: Policy | None = None
+    best: float = float("-inf")
+    since_best: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return self.run_dir / self.name
 
     def steps(self, total: int, policy: Policy) -> Iterator[int]:
         """1 to `total`; ends early when the evaluation's patience is spent. An interrupt finds the policy to save here."""

@@ -19,6 +19,10 @@ class Evaluate(Eval):
         """Nothing can be wrong that the types do not say."""
         return []
 
+    def describe(self) -> str:
+        """What is measured, in words."""
+        return f"{', '.join(m.name for m in self.metrics)} of {', '.join(self.policies)}"
+
     def run(self, ctx: Context) -> dict[str, float]:
         """Measure; `name/metric` for each policy."""
         found: dict[str, float] = {}

@@ -34,5 +34,7 @@ def problems(
                 elif name == "adv" and "adv" not in absent and not advantage and group in ("loss", "watch"):
                     found.append(f"advantage: required, because {group} {component.name!r} reads adv")
                 elif name not in made:
-                    found.append(f"{group}: {component.name!r} reads {name!r}, which this stage does not make{hint(name, made)}")
+                    found.append(
+                        f"{group}: {component.name!r} reads {name!r}, which this stage does not make{hint(name, made)}"
+                    )
     return list(dict.fromkeys(found))

@@ -13,7 +13,19 @@ from rlx.learner import TorchLearner, Update, score
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval, evaluate
 from rlx.stages.fields import problems, reads
-from rlx.types import Component, ConfigError, DataError, DataRef, Episode, LossTerm, ModelRef, Optim, Policy, Reduce, Watch
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataError,
+    DataRef,
+    Episode,
+    LossTerm,
+    ModelRef,
+    Optim,
+    Policy,
+    Reduce,
+    Watch,
+)
 
 
 @dataclass(kw_only=True)
@@ -40,6 +52,10 @@ class Fit:
         """What is wrong with the settings taken together."""
         absent = ("adv", "reward", "ret", "old_logp", "rollout_logp")
         return problems(loss=self.loss, watch=self.watch, reference=self.reference, absent=absent)
+
+    def describe(self) -> str:
+        """The batch arithmetic in words."""
+        return f"{self.steps} optimiser steps of {self.rows_per_step} rows"
 
     def run(self, ctx: Context) -> dict[str, float]:
         """Train; the last metrics."""
@@ -90,8 +106,10 @@ def tokenized(rows: list[Episode], policy: Policy, max_length: int | None, where
     if not fits:
         raise DataError(f"{where}: every row is longer than max_length={max_length} tokens")
     if len(fits) < len(rows):
-        print(f"{where}: {len(rows) - len(trained)} rows without a trained token and {len(trained) - len(fits)} longer "
-              f"than max_length are left out of {len(rows)}")
+        print(
+            f"{where}: {len(rows) - len(trained)} rows without a trained token and {len(trained) - len(fits)} longer "
+            f"than max_length are left out of {len(rows)}"
+        )
     return fits
 
 

@@ -15,6 +15,7 @@ from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
 from rlx.stages.fields import problems, reads
 from rlx.stages.fit import evaluated, shuffled
+from rlx.tensors import seq_sum
 from rlx.types import (
     Advantage,
     Batch,
@@ -89,13 +90,28 @@ class Online:
             found.append(f"group_size: advantage {grouped[0]!r} compares the samples of a prompt; 2 or more are needed")
         return found
 
+    def describe(self) -> str:
+        """The batch arithmetic in words."""
+        episodes, updates = self.prompts_per_step * self.group_size, self.epochs * self.minibatches
+        return (
+            f"{self.steps} steps of {self.prompts_per_step} prompts x {self.group_size} = {episodes} episodes, "
+            f"{updates} optimiser step{'s' if updates > 1 else ''} on each"
+        )
+
     def run(self, ctx: Context) -> dict[str, float]:
         """Train; the last metrics."""
         policy = ctx.policy(self.policy)
         wants = reads(self.loss, self.advantage, self.derive, self.watch)
         reference = ctx.policy(self.reference) if "ref_logp" in wants else None
         update = Update(
-            self.loss, self.reduce, self.watch, self.epochs, self.minibatches, self.token_budget, self.temperature
+            self.loss,
+            self.reduce,
+            self.watch,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            token_budget=self.token_budget,
+            temperature=self.temperature,
+            sampled=True,
         )
         total = self.steps * self.epochs * self.minibatches
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=total)
@@ -136,9 +152,7 @@ class Online:
         kept: list[Episode] = []
         seen: list[Episode] = []
         for attempt in range(1 + self.refill):
-            played = self.sampler.call(
-                policy, ctx.make_env, next(prompts), self.group_size, sampling, ctx.seeds(step, attempt)
-            )
+            played = self.sampler.call(policy, ctx.make_env, next(prompts), self.group_size, sampling, ctx.seeds(step, attempt))
             pay(played, self.reward, f"stages.{ctx.name}.reward")
             seen += played
             chosen = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
@@ -157,7 +171,7 @@ def credit(batch: Batch, derive: list[Component[Derive]], advantage: list[Compon
         value = d.call(*(batch[name] for name in d.reads))
         batch[d.into] = batch[d.into] + value if d.add else value
         if d.into == "reward":  # what is paid along the way is part of the total
-            batch["ret"] = (batch["reward"] * batch["mask"]).sum(1)
+            batch["ret"] = seq_sum(batch["reward"], batch["mask"])
     if advantage:
         parts = [a.weight * a.call(*(batch[name] for name in a.reads)) for a in advantage]
         batch["adv"] = sum(parts[1:], parts[0])
@@ -185,9 +199,7 @@ def summary(kept: list[Episode], seen: list[Episode]) -> dict[str, float]:
     scored = [e for e in seen if not math.isnan(e.reward)]
     groups = [list(g) for _, g in itertools.groupby(scored, key=lambda e: e.group)]
     flat = [g for g in groups if len({e.reward for e in g}) == 1]
-    mean = {
-        f"reward/{name}": average([e.rewards[name] for e in scored]) for name in (scored[0].rewards if scored else ())
-    }
+    mean = {f"reward/{name}": average([e.rewards[name] for e in scored]) for name in (scored[0].rewards if scored else ())}
     return {
         "reward": average([e.reward for e in scored]),
         **mean,

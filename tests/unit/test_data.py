@@ -76,9 +76,7 @@ def test_pair_that_repeats_its_prompt_keeps_only_the_reply() -> None:
 
 def test_implicit_prompt_is_what_both_begin_with() -> None:
     bad, more = {"role": "assistant", "content": "No"}, {"role": "user", "content": "More"}
-    made = episodes(
-        [{"chosen": [USER, BOT, more, BOT], "rejected": [USER, BOT, more, bad], "margin": 2}], source="pairs.jsonl"
-    )
+    made = episodes([{"chosen": [USER, BOT, more, BOT], "rejected": [USER, BOT, more, bad], "margin": 2}], source="pairs.jsonl")
     assert [len(e.task.prompt) for e in made] == [3, 3]
     assert [(e.completion, e.label, e.task.meta) for e in made] == [
         ("Hello", 1, {"margin": 2}),
@@ -155,8 +153,7 @@ def test_one_column_may_be_mapped_twice_and_two_may_be_exchanged() -> None:
         ),
         (
             {"chosen": "x" * 99, "rejected": "b"},
-            "column 'chosen': expected a list of messages, because there is no column 'prompt'; "
-            "got '" + "x" * 36 + "... (str)",
+            "column 'chosen': expected a list of messages, because there is no column 'prompt'; got '" + "x" * 36 + "... (str)",
         ),
         (
             {"chosen": [USER, BOT], "rejected": [BOT]},

@@ -108,7 +108,7 @@ def test_dev_that_leaves_nothing(tmp_path: Path) -> None:
     assert str(caught.value) == "task.dev: 5 leaves nothing to train on; there are 5 training questions"
     with pytest.raises(ConfigError) as caught:
         gsm8k(dev=-1)
-    assert str(caught.value) == "task: expected dev of at least 0 and limit of at least 1, got -1 and None"
+    assert str(caught.value) == "expected dev of at least 0 and limit of at least 1, got -1 and None"
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,7 @@ def one(x: float, grad: bool = False) -> Tensor:
 
 
 def clip(q: float, adv: float, dual: float | None = None) -> float:
-    loss = policy.clipped_surrogate(
-        one(q).log(), one(0.0), one(adv), HERE, clip_low=0.2, clip_high=0.28, dual_clip=dual
-    )
+    loss = policy.clipped_surrogate(one(q).log(), one(0.0), one(adv), HERE, clip_low=0.2, clip_high=0.28, dual_clip=dual)
     return float(loss)
 
 
@@ -55,9 +53,7 @@ def test_clipped_surrogate_values(q: float, adv: float, dual: float | None, expe
     assert clip(q, adv, dual) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.106531), ("k3_plus", 0.106531)]
-)
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.106531), ("k3_plus", 0.106531)])
 def test_kl_values_at_half_a_nat(estimator: str, expected: float) -> None:
     value = policy.kl(one(-1.0), one(-1.5), HERE, estimator=estimator)  # type: ignore[arg-type]
     assert float(value) == pytest.approx(expected, abs=1e-6)

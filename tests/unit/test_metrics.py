@@ -13,9 +13,7 @@ NAN = float("nan")
 
 
 def sample(reward: float, text: str = "", num_tokens: int = 0, status: Status = Status.FINISHED) -> Episode:
-    turn = Turn(
-        np.zeros(0, np.int64), np.zeros(num_tokens, np.int64), np.zeros(0, np.float32), Message("assistant", text)
-    )
+    turn = Turn(np.zeros(0, np.int64), np.zeros(num_tokens, np.int64), np.zeros(0, np.float32), Message("assistant", text))
     return Episode(Task(()), group=0, turns=[turn], status=status, reward=reward)
 
 

@@ -12,9 +12,7 @@ SFT = {"kind": "fit", "steps": 40}
 RL = {"kind": "online", "steps": 60}
 
 
-def fake_run(
-    path: Path, *, seed: int = 0, lr: str = "3e-4", status: str = "finished", error: str | None = None
-) -> Path:
+def fake_run(path: Path, *, seed: int = 0, lr: str = "3e-4", status: str = "finished", error: str | None = None) -> Path:
     """A run as `rlx train` leaves it: SFT, then GRPO, then an evaluation of both policies."""
     scale = {"1e-4": 0.5, "3e-4": 1.0, "1e-3": 0.8}[lr]
     stages = {"sft": SFT, "rl": RL, "test": {"kind": "evaluate"}}
@@ -23,7 +21,10 @@ def fake_run(
     info = {"recipe": "grpo_math", "purpose": "GRPO repairs what wrong demonstrations taught.", "status": status}
     info |= {"command": "rlx train recipe=grpo_math", "error": error, "seed": seed, "seconds": 203.4, "git": None}
     info |= {"versions": {"rlx": "0.1.0", "torch": "2.13.0"}, "hardware": "2 CPU cores", "objective": None}
-    info |= {"overrides": [f"seed={seed}", f"stages.rl.lr={lr}", "model=tiny"], "created": "2025-01-01T00:00:00"}
+    info |= {
+        "overrides": [f"seed={seed}", f"stages.rl.lr={lr}", "model=tiny", f"run_dir={path}"],
+        "created": "2025-01-01T00:00:00",
+    }
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump({**config, "stages": stages}, sort_keys=False))
     (path / "run.json").write_text(json.dumps(info))
@@ -31,20 +32,20 @@ def fake_run(
     def wave(step: int) -> float:
         return math.sin(1.7 * step + seed) + math.sin(0.61 * step * (seed + 1))
 
-    sft = [{"step": s, "seconds": 0.2, "loss": 2.5 * math.exp(-s / 12) + 0.4 + 0.03 * wave(s)} for s in range(1, 41)]
+    sft = [{"step": s, "seconds": 0.2 * s, "loss": 2.5 * math.exp(-s / 12) + 0.4 + 0.03 * wave(s)} for s in range(1, 41)]
     rl: list[dict[str, object]] = []
     for step in range(61):
         skill = 0.58 - 0.01 * seed + 0.38 * scale * (1 - math.exp(-step / 18))
         row: dict[str, object] = {"step": step}
         if step:
-            row |= {"seconds": 1.5, "loss": 0.002 * wave(step), "grad_norm": 0.4 + 0.05 * wave(step)}
+            row |= {"seconds": 1.5 * step, "loss": 0.002 * wave(step), "grad_norm": 0.4 + 0.05 * wave(step)}
             row |= {"reward": skill + 0.04 * wave(step), "reward/answer_match": skill + 0.04 * wave(step)}
             row |= {"reward/format": min(1.0, 0.9 + step / 300), "entropy": 0.7 * math.exp(-step / 25)}
             row |= {"groups/no_signal": 0.3 + 0.1 * wave(step), "tokens_per_second": 4100 + 60 * wave(step)}
         if step % 10 == 0:
             row |= {"eval/accuracy": skill, "eval/pass@8": min(1.0, skill + 0.12)}
         rl.append(row)
-    test = [{"step": 0, "policy": p, "accuracy": a, "n": 500} for p, a in [("sft", 0.712), ("rl", 0.91)]]
+    test = [{"step": 0, "policy": p, "accuracy": a, "n": 500.0} for p, a in [("sft", 0.712), ("rl", 0.91)]]
     for evaluated, (low, high) in zip(test, [(0.671, 0.75), (0.882, 0.932)], strict=True):
         evaluated |= {"accuracy/low": low, "accuracy/high": high}
     samples = [
@@ -65,6 +66,7 @@ def fake_run(
         write_lines(path / name / "metrics.jsonl", rows)
         (path / name / "DONE").write_text(json.dumps({"summary": {}, "kind": stages[name]["kind"]}))
     write_lines(path / "rl" / "samples.jsonl", samples)
+    write_lines(path / "test" / "samples.jsonl", [{**s, "step": 0, "policy": p} for p in ("sft", "rl") for s in samples[:4]])
     return path
 
 
@@ -165,6 +167,9 @@ def test_headline_is_from_the_first_to_the_last_evaluated_policy(run):
     assert str(tables.headline(run)) == (
         "test accuracy: 71.2 % (sft) -> 91.0 % (rl) (+19.8 points; the 95 % intervals do not overlap)"
     )
+    control = {"policy": "more_sft", "accuracy": 0.72}
+    test = read.StageLog("test", "evaluate", [*run.stages[2].metrics, control], [], True)
+    assert tables.headline(read.Run(run.path, {}, run.config, [test])) == tables.headline(run)
     no_test = read.Run(run.path, run.info, run.config, run.stages[:2])
     assert str(tables.headline(no_test)) == "rl/eval/accuracy: 58.0 % -> 94.6 % (+36.6 points)"
     assert tables.headline(read.Run(run.path, {}, {}, [])) is None
@@ -172,8 +177,7 @@ def test_headline_is_from_the_first_to_the_last_evaluated_policy(run):
 
 def test_intervals_that_overlap_are_said_to():
     rows = [
-        {"policy": p, "accuracy": a, "accuracy/low": a - 0.1, "accuracy/high": a + 0.1}
-        for p, a in [("a", 0.5), ("b", 0.6)]
+        {"policy": p, "accuracy": a, "accuracy/low": a - 0.1, "accuracy/high": a + 0.1} for p, a in [("a", 0.5), ("b", 0.6)]
     ]
     found = tables.headline(read.Run(Path(), {}, {}, [read.StageLog("test", "evaluate", rows, [], True)]))
     assert found is not None
@@ -214,9 +218,7 @@ def test_mean_interval_is_students():
 
 
 def test_a_wide_table_goes_on_below_with_its_first_column_and_in_ascii():
-    table = tables.Table(
-        "", ["policy", *(f"metric{i}" for i in range(8))], [["rl\u00e9", *["1" * 16] * 8]], notes=["x\ny"]
-    )
+    table = tables.Table("", ["policy", *(f"metric{i}" for i in range(8))], [["rl\u00e9", *["1" * 16] * 8]], notes=["x\ny"])
     lines = tables.text(table).splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines] == ["policy", "rl\\xe9", "policy", "rl\\xe9", "x"]
@@ -286,6 +288,8 @@ def test_page_of_a_run_is_one_file_and_escapes_what_the_model_wrote(run):
     assert "<script" not in html
     assert "GRPO repairs what wrong demonstrations taught." in html
     assert "objective: rl/eval/accuracy" in html
+    headings = ["rl, step 60", "rl, step 10", "test, policy sft", "test, policy rl"]
+    assert sorted(headings, key=html.index) == headings
     assert html.index("rl: evaluation") < html.index("rl: reward") < html.index("rl: loss")
     assert not [tag for tag in ("<link", "<img", "src=", "@import", "<script") if tag in html]
     assert (run.path / "report" / "rl-evaluation.png").read_bytes().startswith(b"\x89PNG")
@@ -322,11 +326,12 @@ def test_a_stage_that_is_under_way_says_how_far_it_is(tmp_path):
 
 
 def test_samples_shown_are_the_highest_and_lowest_in_reward(run):
-    picked = page.pick(run.stages[1], 60)
+    picked = page.pick([sample for sample in run.stages[1].samples if sample["step"] == 60])
     assert [sample["right"] for sample in picked["shown"]] == [True] * 3 + [False] * 3
     assert (picked["right"], picked["judged"], picked["logged"]) == (5, 8, 8)
     assert page.right({"rewards": {"length": -1.0}, "reward": -1.0}) is None
     assert page.right({"rewards": None}) is None
+    assert [page.right({"rewards": {"verifier": x}}) for x in (1.0, 0.5, None)] == [True, False, None]
 
 
 def test_long_text_is_cut():

@@ -1,0 +1,119 @@
+"""A claim's result in words: the verdict table and docs/results/<slug>.md."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlx.claims import METHOD, value_at
+from rlx.report.result import curve_data, curves, write_result
+from rlx.report.tables import mean_interval
+from rlx.reproduce import Result, spent
+from rlx.run import code_hash, git_revision, hardware, versions
+
+
+def record(result: Result, config: Mapping[str, Any], out: Path, *, command: list[str], slug: str) -> tuple[Path, str]:
+    """Write the page, the plot and the data; the page's path and its text for the terminal."""
+    out.mkdir(parents=True, exist_ok=True)
+    plotted = [m for m in result.claim.metrics if any(len(s.metrics) > 1 for s in stages(result, m))]
+    if plotted:
+        curves(result.runs, plotted, out / f"{slug}.png")
+    summary = "\n".join([*heading(result, config), "", *checks(result), "", *arms(result)])
+    sections = [summary, *(["", f"![Curves of every arm and seed]({slug}.png)"] if plotted else [])]
+    sections += ["", *tuning(result), *published(config, result), *provenance(result, command)]
+    data = {
+        "verdict": result.verdict,
+        "seeds": result.seeds,
+        "checks": [{"check": str(o.check), "values": o.values, "mean": o.mean} for o in result.outcomes],
+        "tuned": result.tuned,
+        "curves": curve_data(result.runs, result.claim.metrics),
+    }
+    return write_result(out, slug, "\n".join(sections) + "\n", data), summary
+
+
+def stages(result: Result, metric: str) -> list[Any]:
+    """The stage logs that hold a metric."""
+    return [s for run in result.runs.values() for s in run.stages if s.name == metric.partition("/")[0]]
+
+
+def heading(result: Result, config: Mapping[str, Any]) -> list[str]:
+    """Settings, claim and verdict; the first line says whether this is the stand-in."""
+    name = config["recipe"]
+    kind = "published settings" if name.startswith("paper/") else "stand-in"
+    title = (config.get("paper") or {}).get("title", name)
+    return [
+        f"# {name} ({kind})",
+        "",
+        f"{title}. Claim: {result.claim.says}.",
+        "",
+        f"**Verdict: {result.verdict}** ({len(result.seeds)} seeds: {', '.join(map(str, result.seeds))})",
+    ]
+
+
+def checks(result: Result) -> list[str]:
+    """A row a check: mean, 95 % interval and every seed."""
+    lines = ["| check | mean | 95 % interval | each seed | holds |", "|---|---|---|---|---|"]
+    for o in result.outcomes:
+        mean, half = mean_interval(o.values)
+        holds = "yes" if o.in_the_mean and o.on_each_seed else "in the mean only" if o.in_the_mean else "no"
+        each = ", ".join(f"{v:.3f}" for v in o.values)
+        lines.append(f"| {o.check} | {mean:.3f} | [{mean - half:.3f}, {mean + half:.3f}] | {each} | {holds} |")
+    if result.claim.margins:
+        lines += ["", f"Margins: {result.claim.margins}."]
+    return lines
+
+
+def arms(result: Result) -> list[str]:
+    """A row an arm: each metric's last value (mean and half of the 95 % interval over seeds) and what was spent."""
+    metrics = result.claim.metrics
+    lines = ["| arm | " + " | ".join(metrics) + " | steps | rollouts |", "|---" * (len(metrics) + 3) + "|"]
+    for arm in result.claim.names:
+        cells = []
+        for metric in metrics:
+            try:
+                mean, half = mean_interval([value_at(result.runs[arm, s], metric, "last") for s in result.seeds])
+                cells.append(f"{mean:.3f} +- {half:.3f}")
+            except ValueError:
+                cells.append("-")
+        stage = metrics[0].partition("/")[0]
+        total = spent(result.runs[arm, result.seeds[0]], stage)
+        label = f"{arm} (the paper's)" if arm == METHOD else arm
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
+    return [*lines, "", "Last values; mean and half-width of the 95 % interval over seeds."]
+
+
+def tuning(result: Result) -> list[str]:
+    """What was tried for every arm."""
+    if not result.tried:
+        return []
+    lines = [f"Tuned on seeds {result.claim.tune_seeds} and the dev split, the same values for every arm:", ""]
+    lines += ["| arm | setting | objective | chosen |", "|---|---|---|---|"]
+    for arm, tried in result.tried.items():
+        for setting, score in tried:
+            words = ", ".join(f"{k}={v}" for k, v in setting.items())
+            lines.append(f"| {arm} | {words} | {score:.3f} | {'yes' if setting == result.tuned[arm] else ''} |")
+    return [*lines, ""]
+
+
+def published(config: Mapping[str, Any], result: Result) -> list[str]:
+    """The paper's own figures, beside which a run at published settings stands."""
+    rows = config.get("published") or []
+    if not rows:
+        return []
+    lines = ["Published figures:", "", "| setting | metric | control | method | source |", "|---|---|---|---|---|"]
+    lines += [f"| {r['setting']} | {r['metric']} | {r.get('control', '-')} | {r['method']} | {r['source']} |" for r in rows]
+    return [*lines, ""]
+
+
+def provenance(result: Result, command: list[str]) -> list[str]:
+    """How to run it again, and with what it was run."""
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return [
+        f"Command: `{shlex.join(['rlx', *command[1:]])}` ({result.core_seconds:.0f} core-seconds, one thread a process; "
+        f"{hardware().partition(',')[0]}).",
+        "",
+        f"Made at {git_revision() or 'no revision'} by code `{code_hash()}` with {packages}. The values behind the plot are in "
+        "the JSON file of the same name.",
+    ]
