@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import functools
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlx.compose import Composed, compose, prepare, recipes, store, words
+from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
 from rlx.plan import Plan, plan
 from rlx.types import ConfigError
+
+if TYPE_CHECKING:
+    from rlx.report.read import Run
+
+# In a sweep's directory: one line for each job that ended.
+JOBS = "jobs.jsonl"
 
 
 def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple[Composed, Plan]:
@@ -22,69 +33,110 @@ def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple
     return composed, made
 
 
-def train(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
-    """Run a recipe, then print where the run is and its final table."""
+def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: str = "") -> None:
+    """Run a recipe, then print where the run is and its final table. `sweep` names the sweep that this is a job of."""
+    composed, made = planned(arguments, extra, trust)
+
     from rlx.report.read import load_run
     from rlx.report.tables import final_table
-    from rlx.run import default_run_dir, run
+    from rlx.run import Failed, default_run_dir, run
 
-    composed, made = planned(arguments, extra, trust)
     given = made.config.pop("run_dir", None)
     run_dir = Path(given) if given else default_run_dir(made.config["recipe"])
     print(f"run directory: {run_dir}", flush=True)
-    run(made, run_dir, command=sys.argv, overrides=composed.overrides)
+    try:
+        run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
+    except KeyboardInterrupt:
+        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, run_dir)}", 130) from None
     print("\n" + final_table(load_run(run_dir)))
     print(f"\nrun directory: {run_dir}\nlook at it:    rlx report {run_dir}")
 
 
-def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
-    """Hydra's multirun: every job is `rlx train` in a process of its own. Its failure is a row of the table."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
+def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path, *flags: str) -> str:
+    """The command that takes up a run or a sweep in its directory."""
+    kept = [a for a in arguments if not a.startswith("run_dir=")]
+    return shlex.join(["rlx", "train", *flags, *options(extra, trust), *kept, f"run_dir={folder}"])
 
-    from rlx.paths import CONF
-    from rlx.report.read import load
+
+def options(extra: Path | None, trust: list[str]) -> list[str]:
+    """The options of a command line as words."""
+    return [*(["--recipes", str(extra)] if extra else []), *(word for t in trust for word in ("--trust", t))]
+
+
+def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
+    """Hydra's multirun: every job is `rlx train` in a process of its own, and a row of the table whether it fails or not.
+
+    Raises Failed where a job failed.
+    """
     from rlx.report.tables import sweep_table
+    from rlx.run import Failed, stoppable
 
     known = recipes(extra)
-    texts = prepare([a for a in arguments if not a.startswith("run_dir=")], known)
     folder = [a.partition("=")[2] for a in arguments if a.startswith("run_dir=")]
-    texts += [f"hydra.sweep.dir={folder[0]}"] if folder else []
+    root = Path(folder[-1] if folder else datetime.datetime.now().strftime("multirun/%Y-%m-%d_%H-%M-%S"))
+    texts = prepare([a for a in arguments if not a.startswith("run_dir=")], known, sweep=True)
     store(known)
-    command = [sys.executable, "-m", "rlx.cli", "train"]
-    options = [*(["--recipes", str(extra)] if extra else []), *(f"--trust={t}" for t in trust)]
-    used: list[Path] = []
-
-    def job(_: Any) -> float:
-        settings = HydraConfig.get()
-        run_dir = Path(settings.sweep.dir) / settings.sweep.subdir
-        used.append(run_dir)
-        words = [text.removeprefix("++") for text in settings.overrides.task]
-        ran = subprocess.run([*command, *options, *words, f"run_dir={run_dir}"], stdin=subprocess.DEVNULL)
-        info = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
-        value = info.get("objective")
-        return float(value) if ran.returncode == 0 and value is not None else float("nan")
-
-    sys.argv = ["rlx", "--multirun", *texts]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(job)()
-    runs = load(used[0].parent) if used and any((p / "run.json").is_file() for p in used) else []
-    runs = runs if isinstance(runs, list) else [runs]
-    if not used:
-        raise ConfigError("the sweep has no jobs: give at least one value, such as seed=0,1,2")
-    missing = [str(p) for p in used if not (p / "run.json").is_file()]
-    print("\n" + (sweep_table(runs, str(runs[0].config.get("objective") or "")) if runs else "no job wrote a run"))
-    for path in missing:
-        print(f"{path}: failed before its run began")
-    print(f"\nsweep directory: {used[0].parent}\nlook at it:      rlx report {used[0].parent}")
-    failed = len(missing) + sum(run.info.get("status") != "finished" for run in runs if run.path in used)
-    if failed:
-        raise Told(f"{failed} of {len(used)} jobs failed")
+    job = functools.partial(sweep_job, root, [sys.executable, "-m", "rlx.cli", "train", *options(extra, trust)])
+    with writable(root):
+        (root / JOBS).unlink(missing_ok=True)
+    try:
+        with stoppable():
+            hydra_multirun([*texts, f'hydra.sweep.dir="{root}"'], job)
+    except KeyboardInterrupt:
+        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root, '-m')}", 130) from None
+    jobs = [json.loads(line) for line in (root / JOBS).read_text().splitlines()] if (root / JOBS).is_file() else []
+    if not jobs:
+        raise ConfigError("the sweep has no jobs: no value matches; `rlx list` shows the recipes")
+    runs = [job_run(root, job) for job in sorted(jobs, key=lambda job: int(job["job"]))]
+    print("\n" + sweep_table(runs, next((str(r.config["objective"]) for r in runs if r.config.get("objective")), "")))
+    print(f"\nsweep directory: {root}\nlook at it:      rlx report {root}")
+    if failed := sum(run.info.get("status") != "finished" for run in runs):
+        raise Failed(f"{failed} of {len(runs)} jobs failed")
 
 
-class Told(RuntimeError):
-    """A failure whose message is all there is to say."""
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Raises ConfigError where the sweep's directory cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
 
-    told = True
+
+def sweep_job(root: Path, command: list[str], _: Any) -> float:
+    """One job, as Hydra calls it (in this process or in a launcher's); its objective, nan where it failed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    run_dir = root / str(settings.job.num)
+    words = [text.removeprefix("++") for text in settings.overrides.task]
+    print(f"\njob {settings.job.num}: {' '.join(words)}", flush=True)
+    child = subprocess.Popen([*command, "--job-of", root.name, *words, f"run_dir={run_dir}"], stdin=subprocess.DEVNULL)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    line = json.dumps({"job": settings.job.num, "overrides": words, "exit": status})
+    with (root / JOBS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    info = run_dir / "run.json"
+    value = json.loads(info.read_text()).get("objective") if status == 0 and info.is_file() else None
+    return float("nan") if value is None else float(value)
+
+
+def job_run(root: Path, job: dict[str, Any]) -> Run:
+    """A job as a run for the table; where it failed before its own run began, a run that holds nothing but that."""
+    from rlx.report.read import Run, load_run
+
+    path = root / str(job["job"])
+    run = load_run(path)
+    if run.info and (job["exit"] == 0) == (run.info.get("status") == "finished"):
+        return run
+    told = {"status": "failed", "overrides": job["overrides"], "error": "before its run began; its message is above"}
+    return Run(path, told, {}, [])
 
 
 def check(arguments: list[str], extra: Path | None, trust: list[str], *, every: bool, first_batch: bool) -> None:
@@ -140,14 +192,13 @@ def claim_if_any(config: dict[str, Any]) -> None:
 
 def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: bool) -> None:
     """Measure a run's stages, a model directory or a hub id on a task's held-out split."""
-    import contextlib
     import tempfile
 
     from rlx.evaluate import measure
 
-    with tempfile.TemporaryDirectory() as scratch:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            table, rows = measure(model, arguments, trust, Path(scratch))
+    talk = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as scratch, talk:
+        table, rows = measure(model, arguments, trust, Path(scratch))
     print(json.dumps(rows) if as_json else table)
 
 

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,11 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
     "watch": {"read": dict[str, str]},
     "reward": {"weight": float},
 }
+# Settings that name a file or a folder, or else something on the hub.
+FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",)}
+SUFFIXES = (".jsonl", ".parquet", ".csv")
+# A list of known names longer than this is cut to the nearest dozen.
+MANY, NEAREST = 30, 12
 WORDS = {
     float: "a number",
     int: "a whole number",
@@ -91,6 +97,8 @@ class Binder:
             if key in node
         }
         settings = self.keywords(f"{group} '{name}'", params, node, path, [*params, *FRAMEWORK.get(group, {})])
+        if group in FILES:
+            self.errors += [f"{path}.{line}" for key in FILES[group] for line in missing(key, settings.get(key))]
         if group == "derive" and "into" not in frame:
             self.errors.append(f"{path}.into: required; the field that {name!r} writes, such as reward")
         if len(self.errors) > before:
@@ -141,6 +149,11 @@ class Binder:
         if hint_ is t.DataRef:
             if isinstance(value, str) and value.startswith("@task/"):
                 return t.DataRef(split=value.removeprefix("@task/"))
+            if isinstance(value, str) and value.startswith("@"):
+                self.errors.append(
+                    f"{path}: expected @task/SPLIT or a data set such as {{name: jsonl, path: FILE}}, got {value!r}"
+                )
+                return None
             return t.DataRef(source=self.component("data", value, path))
         if dataclasses.is_dataclass(hint_):
             if not isinstance(value, Mapping):
@@ -162,7 +175,7 @@ class Binder:
             if not isinstance(value, Mapping):
                 self.errors.append(f"{path}: expected a mapping, got {value!r}")
                 return None
-            return {k: self.value(args[1], v, f"{path}.{k}") if args else v for k, v in value.items()}
+            return {k: self.value(args[1], v, f"{path}.{k}") if args else v for k, v in value.items() if v is not None}
         return self.scalar(hint_, value, path)
 
     def scalar(self, want: Any, value: Any, path: str) -> Any:
@@ -193,6 +206,10 @@ class Binder:
             self.errors.append(f"{path}: expected @stage, a directory or a hub id, got {value!r}")
             return None
         if not value.startswith("@"):
+            if not Path(value).expanduser().exists() and (looks_local(value) or "/" not in value):
+                self.errors.append(
+                    f"{path}: {value!r} is no directory here and no hub id (owner/name); a stage's weights are written @STAGE"
+                )
             return t.ModelRef(path=value)
         stage, _, pick = value[1:].partition(":")
         if pick and pick != "best" and not (pick.startswith("step=") and pick[5:].isdigit()):
@@ -276,8 +293,29 @@ def load_module(module: str) -> Any:
     return loaded
 
 
-def hint(word: Any, known: Iterable[str]) -> str:
-    """The nearest known name, and all of them."""
+def looks_local(path: str) -> bool:
+    """Whether a text can only mean a path of this machine."""
+    return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)
+
+
+def missing(key: str, value: Any) -> list[str]:
+    """A line for a setting that names a file or folder of this machine that is not there."""
+    if not isinstance(value, str) or not looks_local(value) or Path(value).expanduser().exists():
+        return []
+    return [f"{key}: there is no file or directory {value!r}"]
+
+
+def likeness(word: str, name: str) -> float:
+    """How alike a word is to a name, or to one of its parts: `cliped` means clipped_surrogate."""
+    return max(difflib.SequenceMatcher(None, word, part).ratio() for part in [name, *re.split("[_/]", name)])
+
+
+def hint(word: Any, known: Iterable[str], where: str = "rlx/catalogue.py") -> str:
+    """The nearest known name, and all of them; of many the nearest dozen, and `where` all are to be seen."""
     names = list(known)
-    close = difflib.get_close_matches(str(word), names, 1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(names)})"
+    ranked = sorted(names, key=lambda name: -likeness(str(word), name))
+    near = ranked and ranked[0] != word and likeness(str(word), ranked[0]) >= 0.6
+    said = f"; did you mean {ranked[0]!r}?" if near else ""
+    if len(names) <= MANY:
+        return f"{said} (known: {', '.join(names)})"
+    return f"{said} (nearest of {len(names)}: {', '.join(ranked[:NEAREST])}; all: {where})"

@@ -20,15 +20,16 @@ Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 EXIT_STATUS: dict[str, int] = {"reproduced": 0, "not reproduced": 3, "inconclusive": 4}
 METHOD = "method"
 MINUTES, MOST_MINUTES = 20, 120  # of a claim on two cores: the default budget, and the most that a recipe may ask for
-At = Literal["first", "last", "best", "head", "tail"]
+At = Literal["first", "last", "best", "head", "tail", "mean", "growth"]
 
 
 @dataclass(kw_only=True)
 class Check:
-    """metric of `arm` minus metric of `minus`, paired by seed, held against `min` or `max`.
+    """`metric` of `arm` minus that of `minus` (or divided by that of `per`), paired by seed, held against `min` or `max`.
 
-    `at`: first or last value of the curve, its best, or the mean over its first (head) or last (tail) tenth. `minus_metric`
-    and `minus_at` default to `metric` and `at`. Without `minus` the value itself is held against the bound.
+    `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, or tail
+    minus head (growth). `minus_metric` and `minus_at` default to `metric` and `at`. With neither `minus` nor `per` the value
+    itself is held against the bound.
     """
 
     metric: str
@@ -37,6 +38,7 @@ class Check:
     minus: str | None = None
     minus_metric: str | None = None
     minus_at: At | None = None
+    per: str | None = None
     min: float | None = None
     max: float | None = None
 
@@ -49,6 +51,8 @@ class Check:
                 else (f"{self.minus_metric or self.metric} ({self.minus_at or self.at}) of ")
             )
             text += f" minus {other}{self.minus}"
+        if self.per is not None:
+            text += f" divided by {self.per}'s"
         bounds = [f">= {self.min:g}"] * (self.min is not None) + [f"<= {self.max:g}"] * (self.max is not None)
         return f"{text} {' and '.join(bounds)}"
 
@@ -100,7 +104,7 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
     if claim is not None:
         known = set(claim.names)
         for i, check in enumerate(claim.checks):
-            for arm in (check.arm, check.minus):
+            for arm in (check.arm, check.minus, check.per):
                 if arm is not None and arm not in known:
                     binder.errors.append(f"claim.checks.{i}: no arm {arm!r} (known: {', '.join(claim.names)})")
             if check.min is None and check.max is None:
@@ -131,7 +135,9 @@ def value_at(run: Run, metric: str, at: str) -> float:
     if not rows:
         raise ConfigError(f"claim: no run wrote the metric {metric!r} (in {run.path})")
     tenth = max(1, math.ceil(len(rows) / 10))
-    pick = {"first": rows[0], "last": rows[-1], "best": max(rows), "head": fmean(rows[:tenth]), "tail": fmean(rows[-tenth:])}
+    head, tail = fmean(rows[:tenth]), fmean(rows[-tenth:])
+    pick = {"first": rows[0], "last": rows[-1], "best": max(rows), "mean": fmean(rows), "head": head, "tail": tail}
+    pick["growth"] = tail - head
     return pick[at]
 
 
@@ -160,10 +166,11 @@ class Outcome:
     @property
     def on_each_seed(self) -> bool:
         """A paired difference has the claimed sign on every seed (or keeps within a bound that allows the other sign)."""
-        if self.check.minus is None:
+        if self.check.minus is None and self.check.per is None:
             return True
-        low = None if self.check.min is None else min(self.check.min, 0.0)
-        high = None if self.check.max is None else max(self.check.max, 0.0)
+        none = 0.0 if self.check.per is None else 1.0  # the difference, or the ratio, of two equal arms
+        low = None if self.check.min is None else min(self.check.min, none)
+        high = None if self.check.max is None else max(self.check.max, none)
         return all(holds(v, low, high) for v in self.values)
 
 
@@ -177,6 +184,8 @@ def outcomes(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Sequence[
             if check.minus is not None:
                 other = runs[check.minus, seed]
                 value -= value_at(other, check.minus_metric or check.metric, check.minus_at or check.at)
+            if check.per is not None:
+                value /= value_at(runs[check.per, seed], check.metric, check.at)
             values.append(value)
         out.append(Outcome(check, values))
     return out

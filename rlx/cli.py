@@ -9,20 +9,17 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Post-training of language models as recipes: train, check, sweep, report, reproduce.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 data_app = typer.Typer(help="Look at data as the policy sees it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-Overrides = Annotated[
-    list[str],
-    typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe's name, or recipe=NAME, then what to change."),
-]
+WORDS = "RECIPE [KEY=VALUE]"
+Overrides = Annotated[list[str], typer.Argument(metavar=WORDS, help="A recipe's name, then what to change.")]
 Recipes = Annotated[Path | None, typer.Option("--recipes", metavar="DIR", help="A folder with recipes of your own.")]
 Trust = Annotated[
     list[str] | None,
@@ -49,6 +46,7 @@ def root(
 
     A recipe is a YAML file that says what is trained, on what, and by which method. Start with
 
+    \b
       rlx list                                     what there is
       rlx train grpo_math                          SFT, then GRPO, on a laptop
       rlx train grpo_math model=Qwen/Qwen2.5-0.5B task=gsm8k
@@ -64,12 +62,14 @@ def train(
     ] = False,
     recipes: Recipes = None,
     trust: Trust = None,
+    job_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Train a recipe, stage by stage.
 
     Any key of the recipe can be changed on the command line. A run that was stopped goes on when it is started again with
     the same settings and its run_dir: stages that are done are skipped.
 
+    \b
       rlx train grpo_math
       rlx train grpo_math stages.rl.lr=3e-4 seed=1 run_dir=runs/mine
       rlx train grpo_math model=Qwen/Qwen2.5-0.5B task=gsm8k
@@ -79,12 +79,15 @@ def train(
     """
     from rlx import app as run
 
-    run.sweep(overrides, recipes, trust or []) if multirun else run.train(overrides, recipes, trust or [])
+    if multirun:
+        run.sweep(overrides, recipes, trust or [])
+    else:
+        run.train(overrides, recipes, trust or [], sweep=job_of)
 
 
 @app.command()
 def check(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="RECIPE [KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar=WORDS, help="A recipe's name, then what to change.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every recipe there is.")] = False,
     first_batch: Annotated[
         bool, typer.Option("--first-batch", help="Also run the real first batch of each stage on a shrunken model.")
@@ -97,6 +100,7 @@ def check(
     Binds all components, prints the order of the stages and the batch arithmetic, and calls each loss, advantage, reduction
     and derive on a generated batch.
 
+    \b
       rlx check grpo_math stages.rl.lr=3e-4
       rlx check --all
       rlx check grpo_math --first-batch
@@ -116,10 +120,11 @@ def list_(
 ) -> None:
     """List the recipes, each with its purpose.
 
-    rlx list
-    rlx list grpo
-    rlx list --arxiv 2503.14476
-    rlx list --family paper
+    \b
+      rlx list
+      rlx list grpo
+      rlx list --arxiv 2503.14476
+      rlx list --family paper
     """
     from rlx import show
 
@@ -130,8 +135,9 @@ def list_(
 def show(overrides: Overrides, recipes: Recipes = None) -> None:
     """Print a composed recipe as YAML: what would run.
 
-    rlx show grpo_math
-    rlx show paper/grpo_math
+    \b
+      rlx show grpo_math
+      rlx show paper/grpo_math
     """
     from rlx import show as shown
 
@@ -147,8 +153,9 @@ def data_show(
 ) -> None:
     """Print rows as tokens, those that are trained on marked.
 
-    rlx data show grpo_math
-    rlx data show sft_math task=gsm8k task.path=data/gsm8k model=Qwen/Qwen2.5-0.5B
+    \b
+      rlx data show grpo_math
+      rlx data show sft_math task=gsm8k task.path=data/gsm8k model=Qwen/Qwen2.5-0.5B
     """
     from rlx import show as shown
 
@@ -158,15 +165,18 @@ def data_show(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN|DIR|HUB_ID", help="A run directory, a model directory or a hub id.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="Task, metrics, limit and the like.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust: Trust = None,
 ) -> None:
     """Measure a model on held-out tasks.
 
-    rlx eval runs/mine                           every stage of a run, on its own task
-    rlx eval Qwen/Qwen2.5-0.5B task=gsm8k limit=200
-    rlx eval runs/mine/rl/out task=arithmetic metrics=[accuracy,pass@8] --json
+    \b
+      rlx eval runs/mine                         every stage of a run, on its own task
+      rlx eval Qwen/Qwen2.5-0.5B task=gsm8k limit=200
+      rlx eval runs/mine/rl/out task=arithmetic metrics=[accuracy,pass@8] --json
     """
     from rlx import app as run
 
@@ -184,10 +194,11 @@ def reproduce(
     jobs: Annotated[int, typer.Option(help="Processes at a time (0: as many as there are cores).")] = 0,
     recipes: Recipes = None,
 ) -> None:
-    """Run a paper's claim: the method against its controls, over seeds, with a verdict.
+    """Run a paper's claim against its controls: a verdict.
 
-    Exit status: 0 reproduced, 3 not reproduced, 4 inconclusive.
+    Method and controls are trained over several seeds. Exit status: 0 reproduced, 3 not reproduced, 4 inconclusive.
 
+    \b
       rlx reproduce grpo_math
       rlx reproduce dapo --seeds 10,11,12
       rlx reproduce grpo_math --paper
@@ -202,10 +213,13 @@ def report(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_SWEEP", help="A run directory, or one that holds several.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file (default: report.html in the directory).")] = None,
 ) -> None:
-    """Write one self-contained HTML page (and PNGs) of a run or a sweep.
+    """Write an HTML page of a run or a sweep.
 
-    rlx report runs/mine
-    rlx report multirun/2026-01-31_12-00-00
+    The page is one file that needs no other; the plots are written beside it as PNGs, too.
+
+    \b
+      rlx report runs/mine
+      rlx report multirun/2026-01-31_12-00-00
     """
     from rlx.report.page import write
 
@@ -213,22 +227,26 @@ def report(
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one message and exit status 2, an interrupt 130."""
+    """Run the command; a mistake of the user's is one message and exit status 2, a run that broke down one and status 1."""
+    try:
+        app()
+    except Exception as error:
+        status = told(error)
+        if status is None:
+            raise
+        print(f"rlx: {error}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def told(error: Exception) -> int | None:
+    """The exit status of an error whose message is all there is to say; None for a mistake of rlx's own."""
     from rlx.types import ConfigError
 
-    try:
-        app(standalone_mode=True)
-    except ConfigError as error:
-        print(f"rlx: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("rlx: interrupted; what was finished is kept", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if getattr(error, "told", False):
-            print(f"rlx: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        raise
+    if isinstance(error, ConfigError):
+        return 2
+    from rlx.run import Failed
+
+    return error.status if isinstance(error, Failed) else None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ HEADER = ("purpose", "paper", "claim", "published", "unverified", "requires")
 # `model=x` and `task=x` are short for the name inside.
 SHORT = ("model", "task")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
+# `${oc.env:HOME}` would bring the environment into a saved config; `${stages.sft.lr}` is fine.
+RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RecipeFile:
             raise ConfigError(f"{self.path}: a recipe is a mapping, got {type(node).__name__}")
         if "hydra" in node:
             raise ConfigError(f"{self.path}: `hydra:` is not for recipes")
-        if found := re.search(r"\$\{[^}]*:", text):
+        if found := RESOLVER.search(text):
             raise ConfigError(f"{self.path}: {found.group()!r} is a resolver; a recipe may only refer to its own keys")
         return node
 
@@ -103,13 +105,12 @@ def words(arguments: Sequence[str]) -> list[str]:
 
 
 def override(text: str, groups: Sequence[str]) -> str:
-    """A plain override as Hydra takes it: a key that the YAML leaves at its default is added (`++`); plan() rejects unknown ones."""
+    """A plain override as Hydra takes it: `++` adds a key that the YAML leaves at its default; plan() rejects unknown ones."""
     key, sign, value = text.partition("=")
-    if key in SHORT:
-        key = f"{key}.name"
-    elif text[0] in "+~" or key in groups or key.startswith("hydra"):
+    if key.startswith("~") or key in groups or is_hydra(key):
         return text
-    return f"++{key}{sign}{value}"
+    key = key.lstrip("+")
+    return f"++{key}.name{sign}{value}" if key in SHORT and value[:1] not in "{" else f"++{key}{sign}{value}"
 
 
 def groups() -> dict[str, list[str]]:
@@ -118,19 +119,55 @@ def groups() -> dict[str, list[str]]:
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders}
 
 
-def prepare(arguments: Sequence[str], known: Mapping[str, RecipeFile]) -> list[str]:
-    """Check the words that Hydra would answer obscurely: the recipe's name and the options of each group."""
+def prepare(arguments: Sequence[str], known: Mapping[str, RecipeFile], *, sweep: bool = False) -> list[str]:
+    """The words as Hydra takes them. Raises ConfigError with all that it could not read, or would answer obscurely."""
     texts = words(arguments)
     options = {"recipe": list(known), **groups()}
-    for text in texts:
-        key, _, value = text.partition("=")
-        if key in options and not any(c in value for c in ",(${"):
-            if value not in options[key]:
-                where = "; a folder of your own is given with --recipes DIR" if key == "recipe" else ""
-                raise ConfigError(f"{key}={value}: no {key} is called {value!r}{hint(value, options[key])}{where}")
-    if not any(text.partition("=")[0] == "recipe" for text in texts):
-        raise ConfigError(f"which recipe? Give its name, such as grpo_math (known: {', '.join(known)})")
-    return [override(text, ["recipe", *options]) for text in texts]
+    wrong = []
+    if not any(text.startswith("recipe=") for text in texts):
+        wrong.append(f"which recipe? Give its name, such as grpo_math{known_recipes('', known)}")
+    out = [override(text, ["recipe", *options]) for text in texts]
+    for text, given in zip(out, texts, strict=True):
+        key, _, value = given.partition("=")
+        if is_hydra(key):
+            if not sweep:
+                wrong.append(f"{given}: Hydra's own settings are for sweeps (rlx train -m)")
+        elif RESOLVER.search(given):
+            wrong.append(f"{given}: resolvers are not for configs; a value may only refer to keys of the recipe")
+        elif said := unreadable(text, sweep=sweep):
+            wrong.append(f"{given}: {said}")
+        elif key in options and not any(c in value for c in "($"):
+            for choice in value.split(",") if sweep else [value]:
+                if choice.strip() not in options[key]:
+                    list_of = known_recipes if key == "recipe" else hint
+                    wrong.append(f"{key}={choice}: no {key} is called {choice!r}{list_of(choice, options[key])}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return out
+
+
+def known_recipes(word: str, known: Iterable[str]) -> str:
+    """The nearest recipes, and where the others are."""
+    return hint(word, known, "`rlx list`") + "; recipes of your own: --recipes DIR"
+
+
+def is_hydra(key: str) -> bool:
+    """Whether a key is one of Hydra's own."""
+    return key.lstrip("+~") == "hydra" or key.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def unreadable(text: str, *, sweep: bool) -> str:
+    """Why Hydra cannot read an override; empty where it can."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return "cannot be read as key=value; put quotes around a value with special characters: 'key=\"a: b\"'"
+    if parsed.is_sweep_override() and not sweep:
+        return "several values make a sweep, which -m runs; one value that is a list is written key=[1,2]"
+    return ""
 
 
 def store(known: Mapping[str, RecipeFile], chosen: Sequence[str] | None = None) -> None:
@@ -153,10 +190,10 @@ def compose(arguments: Sequence[str], extra: Path | None = None) -> Composed:
     """The config that a command line means. Raises ConfigError."""
     known = recipes(extra)
     texts = prepare(arguments, known)
-    name = next(t.partition("=")[2] for t in texts if t.startswith("recipe="))
+    name = next(t.partition("=")[2] for t in reversed(texts) if t.startswith("recipe="))
     store(known, ancestors(name, known))
     full = hydra_compose(texts)
-    recipe_only = hydra_compose([f"recipe={name}"])
+    recipe_only = hydra_compose([f"recipe={name}"]) if len(texts) > 1 else full
     header = {k: v for k, v in known[name].read().items() if k in HEADER}
     config = resolved({**full, **header, "recipe": name}, known[name].path)
     notices = apply_caps(config)
@@ -172,13 +209,14 @@ def ancestors(name: str, known: Mapping[str, RecipeFile]) -> list[str]:
         if here in out:
             continue
         out.append(here)
-        for parent in known[here].read().get("defaults", []):
+        parents = known[here].read().get("defaults") or []
+        for parent in parents if isinstance(parents, list) else [parents]:
             if parent == "_self_":
                 continue
             target = str(parent).removeprefix("/recipe/")
             if not str(parent).startswith("/recipe/") or target not in known:
                 raise ConfigError(
-                    f"{known[here].path}: defaults: {parent!r} is no recipe; write /recipe/NAME{hint(target, known)}"
+                    f"{known[here].path}: defaults: {parent!r} is no recipe; write - /recipe/NAME{known_recipes(target, known)}"
                 )
             waiting.append(target)
     return out
@@ -198,15 +236,30 @@ def hydra_compose(texts: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             config = hydra_compose_api("run", overrides=list(texts))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(first_lines(error, texts)) from error
+        raise ConfigError(first_lines(error)) from error
     plain = OmegaConf.to_container(config, resolve=False)
     return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
 
 
-def first_lines(error: Exception, texts: Sequence[str]) -> str:
-    """What Hydra says, without its advice to set environment variables."""
+def hydra_multirun(texts: Sequence[str], job: Callable[[Any], float]) -> None:
+    """Hydra's sweeper and launcher on `job`. Raises ConfigError for what Hydra refuses."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            GlobalHydra.instance().hydra.multirun(config_name="run", task_function=job, overrides=list(texts))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_lines(error)) from error
+
+
+def first_lines(error: Exception) -> str:
+    """What Hydra says, without its advice to set environment variables and the sign that rlx puts before a key."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("See https", "Set the env"))]
-    return f"{' '.join(t.lstrip('+') for t in texts)}: {'; '.join(lines[:2])}"
+    return "; ".join(lines[:2]).replace("++", "")
 
 
 def resolved(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -245,10 +298,12 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
                 node[key] = caps[key]
                 notices.append(f"{path}.{key}: {value} -> {caps[key]} (scale={config.get('scale')})")
 
-    for name, stage in (config.get("stages") or {}).items():
+    stages = config.get("stages")
+    stages = stages if isinstance(stages, dict) else {}
+    for name, stage in stages.items():
         cap(stage, f"stages.{name}")
     for key, value in (caps.get("all") or {}).items():
-        for stage in (config.get("stages") or {}).values():
+        for stage in stages.values():
             if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
                 stage["eval"].setdefault(key, value)
             if isinstance(stage, dict) and stage.get("kind") == "evaluate":

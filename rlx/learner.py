@@ -19,6 +19,7 @@ class Update:
     """What is trained on a batch: the terms, how they are reduced, and how often the batch is gone through.
 
     `sampled`: the batch was sampled from the policy, so its log-probs are compared with the first forward.
+    `grad_variance`: estimate the variance of the gradient from two halves of the batch (see TorchLearner.step).
     """
 
     loss: Sequence[Component[LossTerm]]
@@ -29,6 +30,7 @@ class Update:
     token_budget: int = 16384
     temperature: float = 1.0
     sampled: bool = False
+    grad_variance: bool = False
 
     @property
     def wants(self) -> set[str]:
@@ -53,12 +55,13 @@ class TorchLearner:
         self.steps = 0
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
-        """Go `epochs` times through the batch in `minibatches` optimiser steps; the metrics of the last pass.
+        """Go `epochs` times through the batch in `minibatches` optimiser steps each; the metrics are means over them.
 
         `gap/max` and `gap/mean` (nats) compare the sampled log-probs with the first training forward, before any update:
-        they are the same policy's, so what is left is numerical.
+        they are the same policy's, so what is left is numerical. `grad_variance` is |g1 - g2|^2, where g1 and g2 are the
+        shares of two halves of the prompts in the gradient g1 + g2: the halves are independent, so its expectation is the
+        trace of the gradient's covariance.
         """
-        self.policy.module.train()
         shown: list[dict[str, Tensor]] = []
         rng = np.random.default_rng(seed)
         for _ in range(update.epochs):
@@ -76,7 +79,11 @@ class TorchLearner:
         if counts.tokens == 0:
             raise NonFinite("no token of this batch is trained on: every mask is empty")
         metrics: dict[str, Tensor] = {}
-        for unit in units(batch, update.token_budget):
+        half: list[Tensor] = []
+        parts = halves(batch) if update.grad_variance else [batch]
+        for i, unit in ((i, unit) for i, part in enumerate(parts) for unit in units(part, update.token_budget)):
+            if i == 1 and not half:
+                half = [gradient(p).clone() for p in self.parameters]
             out = self.policy.forward(unit, update.wants, update.temperature)
             fields = {**unit, **out}
             loss = torch.zeros((), device=self.policy.device)
@@ -94,6 +101,9 @@ class TorchLearner:
                     gap = torch.where(unit["mask"], (out["logp"] - unit["rollout_logp"]).abs(), 0.0)
                     metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
                     add(metrics, "gap/mean", gap.sum() / counts.tokens)
+        if half:
+            differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
+            metrics["grad_variance"] = torch.stack(list(differences)).sum()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
         if not torch.isfinite(norm) or not torch.isfinite(metrics["loss"]):
             self.optimizer.zero_grad(set_to_none=True)
@@ -117,6 +127,18 @@ def reduced(term: Component[LossTerm], fields: dict[str, Tensor], reduce: Compon
     if x.dim() == 1:
         return torch.where(fields["mask"].any(1), x, 0.0).sum() / counts.sequences
     return (term.reduce or reduce).call(x, fields["mask"], counts)
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """Two parts of whole groups, every second group in the second."""
+    groups = {g: i for i, g in enumerate(dict.fromkeys(batch["group"].tolist()))}
+    side = [groups[g] % 2 for g in batch["group"].tolist()]
+    return [batch.take([i for i, s in enumerate(side) if s == part]) for part in range(min(2, len(groups)))]
+
+
+def gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """A parameter's gradient, zeros where it has none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def units(batch: Batch, token_budget: int) -> Iterator[Batch]:
@@ -143,7 +165,6 @@ def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, token_budget: int, temperature: float) -> Tensor:
     """log-prob (N,T) of the batch's tokens under a policy that is not in training."""
-    policy.module.eval()
     out = torch.zeros_like(batch["rollout_logp"])
     numbered = Batch({**batch, "index": torch.arange(len(batch.rows), device=policy.device)}, batch.rows, batch.starts)
     for unit in units(numbered, token_budget):

@@ -20,7 +20,7 @@ def adamw(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     warmup: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019). `clip` (gradient norm), `schedule` and `warmup` (steps) are the learner's to apply."""
+    """AdamW (Loshchilov and Hutter 2019). The learner applies `clip` (gradient norm), `schedule` and `warmup` (steps)."""
     b1, b2 = betas if betas is not None else (0.9, 0.999)
     return torch.optim.AdamW(parameters, lr=lr, betas=(b1, b2), eps=eps, weight_decay=weight_decay, foreach=True)
 

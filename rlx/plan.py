@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlx.build import Binder, hint
+from rlx.build import Binder, hint, looks_local
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
 from rlx.types import Component, ConfigError, Model, Stage, TaskSource
@@ -38,6 +39,24 @@ KEYS: dict[str, Any] = {
     "scale": str,
 }
 
+# Settings of stages that are at least 1, and those that are more than 0.
+COUNTS = {
+    "steps",
+    "rows_per_step",
+    "prompts_per_step",
+    "group_size",
+    "epochs",
+    "minibatches",
+    "token_budget",
+    "max_length",
+    "max_new_tokens",
+    "samples",
+    "limit",
+    "log_every",
+    "samples_every",
+}
+RATES = {"lr", "temperature"}
+
 
 @dataclass
 class Plan:
@@ -63,16 +82,19 @@ def plan(
     for key, want in KEYS.items():
         if key in config:
             binder.value(want, config[key], key)
+    if isinstance(config.get("seed"), int) and config["seed"] < 0:
+        binder.errors.append(f"seed: expected at least 0, got {config['seed']}")
     model = bind_model(binder, config.get("model", {"name": "tiny"}))
     task = bind_task(binder, config.get("task"))
-    nodes: dict[str, Any] = {name: node for name, node in (config.get("stages") or {}).items() if node is not None}
-    if not nodes:
+    given_stages = config.get("stages") or {}
+    nodes = {n: node for n, node in given_stages.items() if node is not None} if isinstance(given_stages, Mapping) else {}
+    if not given_stages:
         binder.errors.append("stages: a recipe needs at least one stage")
     inputs = {name: stage_refs(node) for name, node in nodes.items()}
-    check_refs(binder, nodes, task)
+    check_refs(binder, nodes, task, no_task=config.get("task") is None)
     order = in_order(binder, inputs)
     stages = {name: bind_stage(binder, name, nodes[name]) for name in order}
-    objective = bind_objective(binder, config.get("objective"), nodes)
+    objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
     return Plan(config, model, stages, task, objective, inputs, binder.notices)
@@ -80,14 +102,13 @@ def plan(
 
 def bind_model(binder: Binder, node: Any) -> Any:
     """`tiny`, a name of conf/model, a directory or a hub id."""
-    node = {"name": node} if isinstance(node, str) else dict(node)
-    name = str(node.get("name", ""))
+    node = dict(node) if isinstance(node, Mapping) else {"name": node}
+    name = str(node.get("name") or "tiny")
     preset = CONF / "model" / f"{name}.yaml"
     if "/" not in name and preset.is_file():
         node = {**yaml.safe_load(preset.read_text(encoding="utf-8")), **{k: v for k, v in node.items() if k != "name"}}
     elif name not in CATALOGUE["model"]:
-        looks_like_a_slip = "/" not in name and not Path(name).expanduser().exists()
-        if looks_like_a_slip:
+        if not Path(name).expanduser().is_dir() and (looks_local(name) or "/" not in name):
             known = [*CATALOGUE["model"], *(p.stem for p in (CONF / "model").glob("*.yaml"))]
             binder.errors.append(
                 f"model.name: {name!r} is no model of rlx, no directory here and no hub id (owner/name)"
@@ -127,8 +148,23 @@ def bind_stage(binder: Binder, name: str, node: Any) -> Any:
     settings = {k: v for k, v in node.items() if k != "kind"} | watched(node)
     stage = binder.record(cls, f"stage kind {kind!r}", settings, path)
     if stage is not None:
-        binder.errors += [f"{path}.{line}" for line in stage.problems()]
+        binder.errors += [f"{path}.{line}" for line in [*sizes(stage), *stage.problems()]]
     return stage
+
+
+def sizes(node: Any) -> list[str]:
+    """Settings of a stage, and of its `eval`, that are too small to mean anything."""
+    values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    found = [
+        f"{key}: expected {'at least 1' if key in COUNTS else 'more than 0'}, got {value}"
+        for key, value in values.items()
+        if (key in COUNTS and value is not None and value < 1) or (key in RATES and value <= 0)
+    ]
+    if values.get("loss") == []:
+        found.append("loss: required; a stage without a loss trains nothing")
+    if dataclasses.is_dataclass(values.get("eval")):
+        found += [f"eval.{line}" for line in sizes(values["eval"])]
+    return found
 
 
 def watched(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,14 +193,24 @@ def settings_of(group: str, node: Any) -> dict[str, Any]:
     return {p.name: given.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def bind_objective(binder: Binder, text: Any, nodes: Mapping[str, Any]) -> tuple[str, str]:
-    """`rl/eval/accuracy` -> (rl, eval/accuracy)."""
+def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tuple[str, str]:
+    """`rl/eval/accuracy` -> (rl, eval/accuracy). What is measured is known here; what training logs shows in the run."""
     if not isinstance(text, str):
         return "", ""
-    stage, _, metric = text.partition("/")
-    if stage not in nodes or not metric:
-        binder.errors.append(f"objective: {text!r} names no stage of the recipe; write stage/metric{hint(stage, nodes)}")
-    return stage, metric
+    name, _, metric = text.partition("/")
+    if name not in stages:
+        binder.errors.append(f"objective: {text!r} names no stage of the recipe; write stage/metric{hint(name, stages)}")
+        return "", ""
+    stage = stages[name]
+    if stage is None:  # its own mistakes are reported
+        return name, metric
+    measured = [f"eval/{m.name}" for m in getattr(getattr(stage, "eval", None), "metrics", [])]
+    if policies := getattr(stage, "policies", None):
+        measured = [f"{policy}/{m.name}" for policy in policies for m in stage.metrics]
+    if not metric or (metric not in measured and (policies or metric.startswith("eval/"))):
+        known = [f"{name}/{m}" for m in measured] or [f"{name}/loss"]
+        binder.errors.append(f"objective: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
+    return name, metric
 
 
 def stage_refs(node: Any) -> list[str]:
@@ -172,14 +218,16 @@ def stage_refs(node: Any) -> list[str]:
     return list(dict.fromkeys(r[1:].partition(":")[0] for _, r in located(node, "") if not r.startswith("@task/")))
 
 
-def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None) -> None:
-    """Every reference names a stage of the recipe or a split of its task."""
+def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None, *, no_task: bool) -> None:
+    """Every reference names a stage of the recipe or a split of its task (None also for a task with a mistake)."""
     for path, ref in located(nodes, "stages"):
         if ref.startswith("@task/"):
             split = ref.removeprefix("@task/")
-            if task is not None and split not in task.splits:
+            if no_task:
+                binder.errors.append(f"{path}: {ref!r} needs a task, and the recipe has none; give task=NAME")
+            elif task is not None and split not in task.splits:
                 binder.errors.append(f"{path}: the task has no split {split!r}{hint(split, task.splits)}")
-        elif (stage := ref[1:].partition(":")[0]) not in nodes:
+        elif not path.endswith(".data") and (stage := ref[1:].partition(":")[0]) not in nodes:
             binder.errors.append(f"{path}: {ref!r} refers to no stage of the recipe{hint(stage, nodes)}")
 
 
@@ -199,8 +247,18 @@ def in_order(binder: Binder, inputs: Mapping[str, Sequence[str]]) -> list[str]:
     while waiting:
         ready = [n for n in waiting if all(i in order or i not in inputs for i in inputs[n])]
         if not ready:
-            binder.errors.append(f"stages: {' -> '.join([*waiting, waiting[0]])} wait for one another")
+            binder.errors.append(
+                f"stages: {' -> '.join(cycle(inputs, waiting))}: each starts from the next, so none can run first"
+            )
             return [*order, *waiting]
         order.append(ready[0])
         waiting.remove(ready[0])
     return order
+
+
+def cycle(inputs: Mapping[str, Sequence[str]], waiting: Sequence[str]) -> list[str]:
+    """Stages that wait for one another: from one of them back to itself."""
+    path = [waiting[0]]
+    while path[-1] not in path[:-1]:
+        path.append(next(i for i in inputs[path[-1]] if i in waiting))
+    return path[path.index(path[-1]) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -13,14 +14,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlx import __version__
+from rlx.build import hint
 from rlx.health import health
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
@@ -33,40 +38,94 @@ VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspee
 FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "unverified"}
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: what was finished is kept."""
+class Failed(RuntimeError):
+    """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def run(plan: Plan, run_dir: Path, *, command: list[str] | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Run every stage that is not done; what run.json holds.
+def run(
+    plan: Plan,
+    run_dir: Path,
+    *,
+    command: list[str] | None = None,
+    overrides: list[str] | None = None,
+    sweep: str = "",
+) -> dict[str, Any]:
+    """Run every stage that is not done; what run.json holds. `sweep` names the sweep that this run is a job of.
 
-    Raises ConfigError where `run_dir` holds another config's run or cannot be written.
+    Raises ConfigError where `run_dir` holds another config's run or cannot be written, Failed where training broke down,
+    KeyboardInterrupt on SIGINT and SIGTERM.
     """
-    info = start(plan, run_dir, command or sys.argv, overrides or [])
+    info = start(plan, run_dir, command or sys.argv, overrides or [], sweep)
+    if info["status"] == "finished":
+        return info
     tracker = make_tracker(plan, run_dir, info)
     display: Display = Live() if sys.stdout.isatty() else Lines()
-    began = time.monotonic()
-    before = float(info.get("seconds") or 0.0)
+    began, before = time.monotonic(), float(info.get("seconds") or 0.0)
     done: dict[str, dict[str, float]] = {}
     current = ""
-    signal.signal(signal.SIGTERM, stop_on_signal)
+
+    def close(status: str, error: str | None = None) -> None:
+        info.update(status=status, error=error, seconds=round(before + time.monotonic() - began, 2))
+        write_json(run_dir / "run.json", info)
+
     try:
-        for name in plan.stages:
-            current = name
-            done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
-        info["status"], info["error"] = "finished", None
-        info["objective"] = objective(plan, done)
-    except (KeyboardInterrupt, Interrupted):
-        info["status"], info["error"] = "interrupted", f"in stage {current!r}"
+        with stoppable():
+            for name in plan.stages:
+                current = name
+                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
+        info["objective"] = objective(plan, done, display)
+        close("finished")
+    except KeyboardInterrupt:
+        close("interrupted", f"in stage {current!r}")
+        raise
+    except ConfigError as error:
+        close("failed", str(error))
         raise
     except BaseException as error:
-        info["status"], info["error"] = "failed", f"stage {current!r}: {error}"
-        raise
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            close("failed", f"stage {current!r}: {error}")
+        if not isinstance(error, RuntimeError | OSError):
+            raise
+        raise Failed(f"stages.{current}: {error}\nthe traceback is in {run_dir / 'error.txt'}") from error
     finally:
-        info["seconds"] = round(before + time.monotonic() - began, 2)
-        write_json(run_dir / "run.json", info)
         tracker.finish()
     return info
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM (a scheduler's) interrupts as Ctrl-C does. Once interrupted, SIGTERM does not interrupt the saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_signum: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def quiet() -> None:
+    """Silence what says nothing about training: progress bars of reading and writing weights, DeepSpeed's search for a GPU."""
+    import torch
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()  # those of downloads stay
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
@@ -77,7 +136,9 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         display.say(f"[{name}] done before; skipped")
         summary: dict[str, float] = json.loads(done.read_text())["summary"]
         return summary
+    quiet()
     config = plan.config["stages"][name]
+    display.say(f"[{name}] {plan.stages[name].describe()}")
     log = Log(folder, name, display=display, tracker=tracker, health=health)
     stage, key = plan.objective
     ctx = Context(
@@ -92,7 +153,7 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     try:
         summary = plan.stages[name].run(ctx)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         if ctx.policy_in_training is not None and ctx.step:
             ctx.checkpoint(f"step-{ctx.step:06d}", ctx.policy_in_training)
             display.say(f"[{name}] interrupted; the weights of step {ctx.step} are in {folder / 'checkpoints'}")
@@ -103,8 +164,8 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
     return summary
 
 
-def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -> dict[str, Any]:
-    """Make the run directory, or take up the one that is there; refuse it when its config differs."""
+def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], sweep: str = "") -> dict[str, Any]:
+    """Make the run directory, or take up the one that is there (a finished one as it is); refuse it when its config differs."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()
@@ -122,6 +183,8 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -
                 f"directory. What differs (there -> now):\n{shown}"
             )
         info = read_json(run_dir / "run.json")
+        if info.get("status") == "finished":
+            return info
     elif any(run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
     else:
@@ -132,6 +195,7 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -
         "purpose": plan.config.get("purpose", ""),
         "command": shlex.join(["rlx", *command[1:]]),
         "overrides": overrides,
+        "sweep": sweep or None,
         "status": "running",
         "error": None,
         "seed": plan.config["seed"],
@@ -147,9 +211,11 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str]) -
     return info
 
 
-def objective(plan: Plan, done: dict[str, dict[str, float]]) -> float | None:
+def objective(plan: Plan, done: dict[str, dict[str, float]], display: Display) -> float | None:
     """The last value of the recipe's objective."""
     stage, key = plan.objective
+    if stage and key not in done[stage]:
+        display.say(f"! objective: stage {stage!r} logs no {key!r}{hint(key, done[stage])}")
     return done.get(stage, {}).get(key)
 
 
@@ -158,7 +224,7 @@ def make_tracker(plan: Plan, run_dir: Path, info: dict[str, Any]) -> Tracker:
     settings = plan.config.get("track") or {}
     if settings.get("name") != "wandb":
         return NoTracker()
-    group = settings.get("group") or (run_dir.parent.name if info.get("sweep") else None)
+    group = settings.get("group") or info.get("sweep")
     return Wandb({**settings, "group": group}, plan.config, run_dir, info["tracker_id"])
 
 
@@ -172,11 +238,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{path}.{k}".lstrip("."))
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
-def stop_on_signal(signum: int, _frame: object) -> None:
-    """SIGTERM (a scheduler's) is an interrupt that is not the keyboard's."""
-    raise Interrupted(signal.Signals(signum).name)
 
 
 def default_run_dir(recipe: str) -> Path:

@@ -44,6 +44,7 @@ class Wandb:
     def __init__(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
         self.dead = False
         self.run: Any = None
+        self.axes: set[str] = set()
         self._try(lambda: self._start(settings, config, run_dir, identity))
 
     def _start(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
@@ -59,12 +60,20 @@ class Wandb:
             group=settings.get("group"),
             name=settings.get("run_name") or run_dir.name,
             mode=settings.get("mode"),
+            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics prefixed with their stage, on the stage's own step axis."""
         row = {f"{stage}/{name}": value for name, value in metrics.items()} | {f"{stage}/step": step}
-        self._try(lambda: self.run.log(row))
+
+        def send() -> None:
+            if stage not in self.axes:
+                self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                self.axes.add(stage)
+            self.run.log(row)
+
+        self._try(send)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
         """A table of sample completions."""
@@ -114,7 +123,6 @@ class Lines:
     def begin(self, stage: str, total: int) -> None:
         """A stage begins."""
         self.shown = 0.0
-        print(f"[{stage}] {total} steps", flush=True)
 
     def show(self, stage: str, step: int, total: int, metrics: Mapping[str, float], left: float) -> None:
         """One line."""
@@ -136,39 +144,41 @@ class Live:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        self.progress = Progress(*columns, console=Console(), refresh_per_second=4)
+        self.console = Console()
+        self.progress: Any = None
         self.measured = ""
-        self.task: Any = None
 
     def begin(self, stage: str, total: int) -> None:
         """A bar for the stage."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        numbers = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"), markup=False)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(12), MofNCompleteColumn(), numbers)
         self.measured = ""
+        self.progress = Progress(*columns, console=self.console, refresh_per_second=4)
+        self.progress.add_task(stage, total=total, text="")
         self.progress.start()
-        self.task = self.progress.add_task(stage, total=total, text="")
 
     def show(self, stage: str, step: int, total: int, metrics: Mapping[str, float], left: float) -> None:
-        """Move the bar."""
+        """Move the bar; the last evaluation stays in sight."""
         if evals := {k: v for k, v in metrics.items() if k.startswith("eval/")}:
             self.measured = headline(evals)
         now = headline({k: v for k, v in metrics.items() if not k.startswith("eval/")})
-        if self.task is not None:
-            self.progress.update(self.task, completed=step, text=f"{now}  {self.measured}  {clock(left)} left")
+        if self.progress is not None:
+            parts = (f"{clock(left)} left", self.measured, now)
+            self.progress.update(self.progress.task_ids[0], completed=step, text="  ".join(p for p in parts if p))
 
     def say(self, line: str) -> None:
-        """A line above the bars."""
-        self.progress.console.print(line, markup=False, highlight=False)
+        """A line above the bar."""
+        self.console.print(line, markup=False, highlight=False)
 
     def end(self) -> None:
-        """Leave the bars as they are."""
-        self.progress.stop()
+        """Leave the bar as it is."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
 
 class Log:

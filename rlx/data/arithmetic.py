@@ -24,6 +24,7 @@ def arithmetic(
     digits: int = 2,
     operation: Literal["add"] = "add",
     error_rate: float = 0.0,
+    filler: int = 0,
     demos: int | None = None,
     dev: int = 200,
     test: int = 500,
@@ -36,7 +37,8 @@ def arithmetic(
     each; `train` holds both orders of all other pairs, shuffled. The split `demos` has one demonstration for each
     training problem (the first `demos` of them): the digits of the sum, but with probability `error_rate` on problems
     with a carry, every carry dropped (`drop_carries`). meta: `carry`, and in demonstrations `correct`.
-    Everything is a function of the settings; `data_seed` draws the splits and the errors.
+    With `filler`, a demonstration goes on after its answer for up to so many dots (as many as 0 to `filler`, equally likely),
+    which never help: length without a reason. Everything is a function of the settings; `data_seed` draws the splits and the errors.
 
     Raises ConfigError: a setting out of range.
     """
@@ -51,12 +53,12 @@ def arithmetic(
     problems = split_problems(digits, dev, test, data_seed)
     return TaskSource(
         {
-            "demos": partial(_demonstrations, problems["train"], error_rate, demos, data_seed),
+            "demos": partial(_demonstrations, problems["train"], error_rate, filler, demos, data_seed),
             **{split: partial(_questions, pairs) for split, pairs in problems.items()},
         },
-        verifier=partial(answer_match, extract="whole"),
+        verifier=partial(answer_match, extract="last_number" if filler else "whole"),
         make_env=SingleTurn,
-        max_new_tokens=digits + 4,  # the sum's digits and the end of text, and room to go on for too long
+        max_new_tokens=digits + 4 + 2 * filler,  # the sum's digits and the end of text, and room to go on for too long
     )
 
 
@@ -123,10 +125,12 @@ def _questions(pairs: list[Pair]) -> list[Episode]:
     return [Episode(_task(a, b), group) for group, (a, b) in enumerate(pairs)]
 
 
-def _demonstrations(pairs: list[Pair], error_rate: float, limit: int | None, data_seed: int) -> list[Episode]:
+def _demonstrations(pairs: list[Pair], error_rate: float, filler: int, limit: int | None, data_seed: int) -> list[Episode]:
     errs = np.random.default_rng([data_seed, 1]).random(len(pairs)) < error_rate
+    dots = np.random.default_rng([data_seed, 2]).integers(filler + 1, size=len(pairs))
     made = []
-    for group, ((a, b), err) in enumerate(zip(pairs[:limit], errs, strict=False)):
+    for group, ((a, b), err, extra) in enumerate(zip(pairs[:limit], errs, dots, strict=False)):
         written = drop_carries(a, b) if err else a + b
-        made.append(demonstration(_task(a, b, correct=written == a + b), group, [turn(str(written))]))
+        said = turn(str(written) + "." * int(extra))
+        made.append(demonstration(_task(a, b, correct=written == a + b), group, [said]))
     return made

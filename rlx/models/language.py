@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlx.tensors import last_position
 from rlx.types import Batch, DataError, Episode, Floats, Ids, Message, Sampling, Turn
 
-NO_IDS: Ids = np.zeros(0, np.int64)
 NO_LOGP: Floats = np.zeros(0, np.float32)
+
+Span = tuple[int, int]
 
 # (policy, prompts, keys of the draws, sampling) -> turns: the native engine, or another with the same contract
 Engine = Callable[["LanguageModel", list[Ids], list[list[int]], Sampling], list[list[Turn]]]
@@ -32,80 +35,104 @@ class LanguageModel:
         self.bf16 = bf16
         self.source = source
         self.engine: Engine | None = None
-        self.end_ids = end_ids(module, tokenizer)
+        self.end_token = self._end_token()
+        self.end_ids = end_ids(module, tokenizer, self.end_token)
 
     # ----------------------------------------------------------------- messages -> tokens
     def render(self, messages: Sequence[Message]) -> Ids:
         """The prompt as the policy sees it: chat template and the opening of the assistant's turn, (P,) ids.
 
         A conversation whose last message is an unfinished assistant turn is continued, not closed.
+        Raises DataError for a prompt without a token.
         """
-        return self._ids(self._text(messages, opened=True))
+        return self._prompt(self._text(messages, opened=True))
 
     def extension(self, talk: Sequence[Message], num_replies: int) -> Ids:
-        """The ids that the last `num_replies` messages add after the policy's own end token, up to its next turn."""
-        end = self.tokenizer.eos_token
-        closed = self._text(talk[: len(talk) - num_replies], opened=False)
-        said = closed[: closed.rindex(end) + len(end)]
+        """The ids that the last `num_replies` messages add after the policy's own end token, up to its next turn.
+
+        Raises DataError where the chat template rewrites earlier turns.
+        """
+        said = self._closed(talk[: len(talk) - num_replies])
         opened = self._text(talk, opened=True)
         if not opened.startswith(said):
             raise DataError(f"model {self.source!r}: its chat template rewrites earlier turns; it cannot play several turns")
         return self._ids(opened[len(said) :])
 
     def tokenize(self, episode: Episode) -> Episode:
-        """Fill `seen` and `did` of a demonstration's turns; the policy's own tokens are those that the template marks.
+        """Fill `seen` and `did` of a demonstration's turns: `seen` as sampling would show it, `did` up to the end token.
 
-        With generation markers in the chat template the marked tokens are the assistant's. Without, a turn is what the
-        template adds to the conversation before it (which must be a prefix of the conversation after it).
+        With generation markers in the chat template the marked text is the assistant's. Without, a turn is what it adds to
+        the conversation before it (which must be a prefix of the conversation after it). The parts are encoded one by one,
+        as they are when the policy plays. Raises DataError where a turn cannot be told apart, or the prompt has no token.
         """
-        texts = self._segments(episode)
-        turns = []
-        for turn, (seen, did) in zip(episode.turns, texts, strict=True):
-            turns.append(Turn(seen=seen, did=did, logp=NO_LOGP, said=turn.said, replies=turn.replies, agent=turn.agent))
+        text, spans = self._marked(episode) if self._has_markers else self._added(episode)
+        turns: list[Turn] = []
+        start = 0
+        for turn, (begin, end) in zip(episode.turns, spans, strict=True):
+            seen = self._ids(text[start:begin]) if turns else self._prompt(text[:begin])
+            did = self._ids(text[begin:end])
+            turns.append(Turn(seen, did, NO_LOGP, said=turn.said, replies=turn.replies, agent=turn.agent))
+            start = end
         return Episode(episode.task, episode.group, turns, episode.status, label=episode.label, info=episode.info)
 
-    def _segments(self, episode: Episode) -> list[tuple[Ids, Ids]]:
-        messages = list(episode.task.prompt)
-        template = self.tokenizer.chat_template
-        if template and "{% generation" in template.replace("{%-", "{%"):
-            for turn in episode.turns:
-                messages += [cast(Message, turn.said), *turn.replies]
-            return self._marked(messages, len(episode.turns))
-        segments, done = [], ""
+    def _added(self, episode: Episode) -> tuple[str, list[Span]]:
+        """The conversation's text and the span that each turn adds to it, end token included."""
+        talk, text, spans = list(episode.task.prompt), "", []
         for turn in episode.turns:
-            before = self._text(messages, opened=True)
-            messages.append(cast(Message, turn.said))
-            after = self._text(messages, opened=False)
-            if not (before.startswith(done) and after.startswith(before)):
+            before = self._text(talk, opened=True)
+            talk = with_said(talk, cast(Message, turn.said))
+            after = self._closed(talk)
+            if not (before.startswith(text) and after.startswith(before)):
                 raise DataError(
                     f"model {self.source!r}: its chat template rewrites earlier turns, so the assistant's tokens cannot "
                     "be told apart; give the template {% generation %} markers"
                 )
-            segments.append((self._ids(before[len(done) :]), self._ids(after[len(before) :])))
-            messages += turn.replies
-            done = after
-        return segments
+            spans.append((len(before), len(after)))
+            talk, text = [*talk, *turn.replies], after
+        return text, spans
 
-    def _marked(self, messages: list[Message], num_turns: int) -> list[tuple[Ids, Ids]]:
-        out = self.tokenizer.apply_chat_template(
-            plain(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    def _marked(self, episode: Episode) -> tuple[str, list[Span]]:
+        """The conversation's text and the spans of its turns that the template marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        prompt, num_turns = episode.task.prompt, len(episode.turns)
+        talk = list(prompt)
+        for turn in episode.turns:
+            talk = [*with_said(talk, cast(Message, turn.said)), *turn.replies]
+        (text,), (spans,) = render_jinja_template(
+            [plain(talk)],
+            chat_template=self.tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
         )
-        ids, mask = np.asarray(out["input_ids"], np.int64), np.asarray(out["assistant_masks"], bool)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))).reshape(-1, 2)
-        edges = edges[max(0, len(edges) - num_turns) :]  # earlier assistant messages belong to the prompt
-        if len(edges) < num_turns:
-            return [(ids, NO_IDS) for _ in range(num_turns)]  # an empty mask: `fit` refuses a data set of these
-        segments, start = [], 0
-        for begin, end in edges:
-            segments.append((ids[start:begin], ids[begin:end]))
-            start = int(end)
-        return segments
+        if len(spans) < num_turns:  # nothing to train on: `fit` refuses a data set of these
+            return text, [(len(text), len(text))] * num_turns
+        own = spans[len(spans) - num_turns :]  # earlier assistant messages belong to the prompt
+        if own and prompt and prompt[-1].role == "assistant":
+            own[0] = (max(own[0][0], len(self._text(prompt, opened=True))), own[0][1])
+        return text, own
+
+    @property
+    def _has_markers(self) -> bool:
+        template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else ""
+        return re.search(r"\{%-?\s*generation\b", template) is not None
+
+    def _closed(self, messages: Sequence[Message]) -> str:
+        """The conversation up to the end token of its last message, the policy's."""
+        text = self._text(messages, opened=False)
+        at = text.rfind(self.end_token)
+        if at < 0:
+            raise DataError(f"model {self.source!r}: its chat template closes the assistant's turn without {self.end_token!r}")
+        return text[: at + len(self.end_token)]
 
     def _text(self, messages: Sequence[Message], *, opened: bool) -> str:
-        if not self.tokenizer.chat_template:  # a base model: the text as it is, closed by the end token
-            text = "".join(m.content for m in messages)
-            return text if opened else text + self.tokenizer.eos_token
-        unfinished = opened and messages[-1].role == "assistant"
+        unfinished = opened and bool(messages) and messages[-1].role == "assistant"
+        if not self.tokenizer.chat_template:  # a base model: the text as it is, the policy's closed by the end token
+            ends = [self.tokenizer.eos_token if m.role == "assistant" else "" for m in messages]
+            text = self._begin_token() + "".join(m.content + end for m, end in zip(messages, ends, strict=True))
+            return text.removesuffix(self.tokenizer.eos_token) if unfinished else text
+        if not messages:
+            return ""
         return cast(
             str,
             self.tokenizer.apply_chat_template(
@@ -115,6 +142,25 @@ class LanguageModel:
                 continue_final_message=unfinished,
             ),
         )
+
+    def _begin_token(self) -> str:
+        """What the tokenizer itself puts before a text: Llama's needs its first token, Qwen's has none."""
+        begins = self.tokenizer.bos_token_id is not None and self.tokenizer.bos_token_id in self.tokenizer.encode("")
+        return cast(str, self.tokenizer.bos_token) if begins else ""
+
+    def _end_token(self) -> str:
+        """The special token that closes an assistant's turn: the chat template's, else the tokenizer's own."""
+        probe = "0123456789"
+        text = self._text([Message("user", "?"), Message("assistant", probe)], opened=False)
+        tail = self._ids(text[text.rindex(probe) + len(probe) :]).tolist()
+        special = [i for i in tail if i in self.tokenizer.added_tokens_decoder]
+        return cast(str, self.tokenizer.convert_ids_to_tokens(special[0]) if special else self.tokenizer.eos_token)
+
+    def _prompt(self, text: str) -> Ids:
+        ids = self._ids(text)
+        if not len(ids):
+            raise DataError(f"model {self.source!r}: an empty prompt; the first token of an answer needs one before it")
+        return ids
 
     def _ids(self, text: str) -> Ids:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
@@ -152,13 +198,10 @@ class LanguageModel:
         pad = torch.nn.utils.rnn.pad_sequence
         mask_ = pad(masks, batch_first=True)
         ret = torch.tensor([e.reward for e in episodes], dtype=torch.float32)
-        reward = torch.zeros(mask_.shape)
-        last = torch.tensor([int(m.nonzero()[-1]) if m.any() else 0 for m in masks])
-        reward[torch.arange(len(episodes)), last] = ret
         fields = {
             "mask": mask_,
             "rollout_logp": pad(logps, batch_first=True),
-            "reward": reward,
+            "reward": torch.where(last_position(mask_), ret[:, None], 0.0),
             "ret": ret,
             "label": torch.tensor([e.label if e.label is not None else 0.0 for e in episodes]),
             "group": torch.tensor([e.group for e in episodes]),
@@ -170,6 +213,7 @@ class LanguageModel:
 
         Prompts are padded on the left and completions on the right, so that the language-model head runs on the scored
         columns alone (through the model's own `logits_to_keep`, which applies whatever the architecture does to logits).
+        The last column is only predicted, never read.
         """
         width = max(len(row) - start for row, start in zip(batch.rows, batch.starts, strict=True))
         prompt = max(batch.starts)
@@ -182,13 +226,13 @@ class LanguageModel:
         ids, attend = ids.to(self.device), attend.to(self.device)
         with self.autocast():
             out = self.module(
-                input_ids=ids,
-                attention_mask=attend,
-                position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
-                logits_to_keep=width + 1,
+                input_ids=ids[:, :-1],
+                attention_mask=attend[:, :-1],
+                position_ids=(attend[:, :-1].cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=width,
                 use_cache=False,
             )
-        logits = out.logits[:, :-1].float() / temperature
+        logits = out.logits.float() / temperature
         logz = logits.logsumexp(-1)
         fields = {"logp": logits.gather(-1, ids[:, prompt:, None])[..., 0] - logz}
         if "entropy" in want:
@@ -212,9 +256,12 @@ class LanguageModel:
             module = copy.deepcopy(module).merge_and_unload()
         module.save_pretrained(beside)
         self.tokenizer.save_pretrained(beside)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -222,9 +269,17 @@ def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in messages]
 
 
-def end_ids(module: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the tokenizer's and those of the model's generation settings."""
+def with_said(talk: Sequence[Message], said: Message) -> list[Message]:
+    """The conversation after the policy has spoken: an unfinished assistant message is continued, else one is added."""
+    if talk and talk[-1].role == "assistant":
+        return [*talk[:-1], Message("assistant", talk[-1].content + said.content)]
+    return [*talk, said]
+
+
+def end_ids(module: Any, tokenizer: Any, end_token: str) -> list[int]:
+    """Every id that ends an answer: the chat template's, the tokenizer's and those of the model's generation settings."""
     configured = getattr(module, "generation_config", None)
     extra = getattr(configured, "eos_token_id", None)
     listed = extra if isinstance(extra, list) else [extra]
-    return sorted({int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None})
+    known = [tokenizer.convert_tokens_to_ids(end_token), tokenizer.eos_token_id, *listed]
+    return sorted({int(i) for i in known if i is not None})

@@ -9,7 +9,7 @@ import torch
 
 from rlx.models.language import LanguageModel
 from rlx.models.tokenizer import byte_tokenizer
-from rlx.types import ConfigError
+from rlx.types import Component, ConfigError, Model
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -47,7 +47,7 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config)
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, source="tiny")
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny")
 
 
 def pretrained(
@@ -65,37 +65,106 @@ def pretrained(
     `dtype: bf16` computes in bfloat16 and keeps the trained weights and the optimiser in float32, because an AdamW step
     at a learning rate of 1e-6 is lost in a bfloat16 weight.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
-    looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().exists()
-    where = str(Path(path).expanduser()) if looks_local else path
-    if looks_local and not (Path(where) / "config.json").is_file():
-        what = "is no directory" if not Path(where).is_dir() else "has no config.json"
-        raise ConfigError(f"model {path!r}: {what}; expected a directory that save_pretrained wrote, or a hub id")
+    where = place(path)
+    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(
-            f"model {path!r}: no tokenizer could be loaded ({first_line(error)}); "
-            "save one beside the model with tokenizer.save_pretrained(DIR)"
-        ) from error
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, found = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=torch.float32,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model {path!r}: {first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(f"model {path!r}: its files lack {len(missing)} weights of the model, such as {missing[0]}")
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+
+
+def shrunken(component: Component[Model]) -> LanguageModel:
+    """The tokenizer and architecture of a model with two layers and random weights.
+
+    A `tiny` model becomes narrow, too. Of a pretrained one, all other sizes stay; its weights are neither read nor fetched.
+    """
+    if component.name == "tiny":
+        return tiny(**{**component.settings, "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64})
+    return unread(**component.settings, layers=2)
+
+
+def outline(component: Component[Model]) -> LanguageModel:
+    """A model in its real size without its weights: tensors on torch's meta device have a shape and no memory."""
+    settings = {**component.settings, "device": "meta"}
+    return tiny(**settings) if component.name == "tiny" else unread(**settings)
+
+
+def unread(
+    *,
+    path: str,
+    layers: int | None = None,
+    dtype: Dtype = "fp32",
+    attention: str = "sdpa",
+    lora: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> LanguageModel:
+    """`pretrained` with weights drawn from `seed` instead of read, and with its first `layers` layers alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(place(path), trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
+        if layers is not None and text.num_hidden_layers > layers:
+            text.num_hidden_layers = layers
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:layers]
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
+            torch.manual_seed(seed)
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, source=path)
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+
+
+def place(path: str) -> str:
+    """A directory, or a hub id. Raises ConfigError where a directory is meant and holds no model."""
+    looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().exists()
+    where = str(Path(path).expanduser()) if looks_local else path
+    if looks_local and not (Path(where) / "config.json").is_file():
+        what = "is no directory" if not Path(where).is_dir() else "has no config.json"
+        raise ConfigError(f"model {path!r}: {what}; expected a directory that save_pretrained wrote, or a hub id")
+    return where
+
+
+def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    where = place(path)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"model {path!r}: no tokenizer could be loaded ({first_line(error)}); "
+            "save one beside the model with tokenizer.save_pretrained(DIR)"
+        ) from error
 
 
 def finish(
-    module: Any, tokenizer: Any, *, dtype: Dtype, lora: dict[str, Any] | None, device: str, source: str
+    module: Any, tokenizer: Any, *, dtype: Dtype, lora: dict[str, Any] | None, device: str, seed: int, source: str
 ) -> LanguageModel:
-    """Adapter, device and padding token, the same for every way of making a model."""
+    """Adapter (drawn from `seed`), device and padding token, the same for every way of making a model.
+
+    The module stays in eval mode: without dropout, the policy that is trained is the one that samples.
+    """
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model {source!r}: its tokenizer has no end-of-sequence token, so no answer would ever end")
     if tokenizer.pad_token_id is None:
@@ -103,12 +172,18 @@ def finish(
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 
+        if lora.get("lora_dropout"):
+            raise ConfigError("model.lora.lora_dropout: rlx trains without dropout; leave it out")
         try:
-            module = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", **lora))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                module = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", **lora))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.lora: {first_line(error)}") from error
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return LanguageModel(module.to(where), tokenizer, where, bf16=dtype == "bf16", source=source)
+    policy = LanguageModel(module.to(where).eval(), tokenizer, where, bf16=dtype == "bf16", source=source)
+    module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
+    return policy
 
 
 def first_line(error: BaseException) -> str:

@@ -192,10 +192,11 @@ def _difference(metric: str, before: float, after: float) -> str:
 def sweep_tables(runs: list[Run], objective: str) -> list[Table]:
     """The jobs, with the first line of the error of a failed one, and the settings with their mean over seeds."""
     jobs, errors = [], []
+    shared = set.intersection(*(set(_overrides(run)) for run in runs)) if len(runs) > 1 else set()
     for run in runs:
         status = str(run.info.get("status", "unknown"))
         result = number(objective, result_of(run, objective))
-        overrides = " ".join(_overrides(run)) or "-"
+        overrides = " ".join(o for o in _overrides(run) if o not in shared) or "-"
         jobs.append([run.path.name, status, overrides, result, duration(run.info.get("seconds"))])
         if status == "failed":
             error = str(run.info.get("error") or "").strip() or "no error recorded"

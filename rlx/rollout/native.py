@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from rlx.models.language import LanguageModel
 from rlx.rollout.noise import uniforms
-from rlx.types import Ids, Message, Sampling, Turn
+from rlx.types import ConfigError, Ids, Message, Sampling, Turn
 
 
 def generate(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` completions of each prompt, at most `sampling.rows` of them decoded at a time."""
+    """`len(keys[i])` completions of each prompt; prompts are decoded together while they have at most `sampling.rows`."""
     played: list[list[Turn]] = []
     start = 0
     while start < len(prompts):
@@ -40,11 +41,9 @@ def decode(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sam
     flat = [k for row in keys for k in row]
     noise = torch.from_numpy(uniforms(flat, sampling.max_new_tokens)).to(policy.device)
     ends = torch.tensor(policy.end_ids, device=policy.device)
-    was_training = policy.module.training
-    policy.module.eval()
-    logits, cache, attend = prefill(policy, prompts)
+    logits, cache, attend = prefill(policy, prompts, sampling.max_new_tokens)
     rows = torch.from_numpy(owner).to(policy.device)
-    if len(rows) != len(prompts):
+    if any(len(k) != 1 for k in keys):
         cache.batch_select_indices(rows)
         logits, attend = logits[rows], attend[rows]
     alive = torch.arange(len(rows), device=policy.device)
@@ -72,17 +71,25 @@ def decode(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sam
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-    policy.module.train(was_training)
     turns = to_turns(policy, prompts, owner, did.cpu().numpy(), logp.cpu().numpy(), length.cpu().numpy(), ended.cpu().numpy())
-    starts = np.cumsum([0, *(len(k) for k in keys)])
-    return [turns[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    starts = np.cumsum([0, *(len(k) for k in keys)]).tolist()
+    return [turns[a:b] for a, b in itertools.pairwise(starts)]
 
 
-def prefill(policy: LanguageModel, prompts: list[Ids]) -> tuple[Tensor, Any, Tensor]:
-    """Next-token logits (U,V), the key/value cache and the attention mask (U,P) of left-padded prompts."""
+def prefill(policy: LanguageModel, prompts: list[Ids], max_new_tokens: int) -> tuple[Tensor, Any, Tensor]:
+    """Next-token logits (U,V), the key/value cache and the attention mask (U,P) of left-padded prompts.
+
+    Raises ConfigError where a prompt and its answer do not fit into the model's context.
+    """
     from transformers import DynamicCache
 
     width = max(len(p) for p in prompts)
+    room = getattr(policy.module.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and width + max_new_tokens > room:
+        raise ConfigError(
+            f"model {policy.source!r}: a prompt of {width} tokens and max_new_tokens={max_new_tokens} "
+            f"exceed its context of {room}"
+        )
     ids = torch.full((len(prompts), width), int(policy.tokenizer.pad_token_id))
     attend = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):

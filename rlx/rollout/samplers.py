@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rlx.models.language import with_said
 from rlx.rollout.noise import key
-from rlx.types import Env, Episode, Ids, Message, Policy, Sampling, Status
+from rlx.types import ConfigError, Env, Episode, Ids, Message, Policy, Sampling, Status
 
 
 def plain(
@@ -38,7 +39,9 @@ def plain(
             reply = envs[i].step(said)
             taken.replies, taken.reward = reply.messages, reply.reward
             episode.turns.append(taken)
-            talks[i] += [said, *reply.messages]
+            talks[i] = [*with_said(talks[i], said), *reply.messages]
+            if not (reply.done or reply.messages):
+                raise ConfigError(f"environment {type(envs[i]).__name__}: its reply is neither done nor holds a message")
             cut = bool(taken.info["truncated"])
             if reply.done or cut:
                 episode.status = Status.TRUNCATED if cut else Status.FINISHED

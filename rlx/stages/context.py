@@ -53,7 +53,7 @@ class Sources:
             path = str(found)
         shared = set(inspect.signature(pretrained).parameters) - {"path", "seed"}
         settings = {k: v for k, v in self.model.settings.items() if k in shared}
-        return pretrained(path=path, **settings)
+        return pretrained(path=path, seed=self.model.settings.get("seed", self.seed), **settings)
 
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
         """The rows that a reference means, read once."""

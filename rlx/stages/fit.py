@@ -69,6 +69,7 @@ class Fit:
         if self.eval is not None:
             metrics, episodes = evaluated(policy, self.eval, ctx)
             ctx.log.step(0, metrics, episodes)
+            ctx.judge(metrics, policy, self.eval.patience)
         for step in ctx.steps(self.steps, policy):
             batch = policy.collate(next(batches))
             if reference is not None:

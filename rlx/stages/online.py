@@ -70,6 +70,7 @@ class Online:
     max_new_tokens: int | None = None
     token_budget: int = 16384
     watch: list[Component[Watch]] = field(default_factory=list)
+    grad_variance: bool = False
     eval: Eval | None = None
     log_every: int = 1
     samples_every: int = 10
@@ -112,6 +113,7 @@ class Online:
             token_budget=self.token_budget,
             temperature=self.temperature,
             sampled=True,
+            grad_variance=self.grad_variance,
         )
         total = self.steps * self.epochs * self.minibatches
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=total)
@@ -120,6 +122,7 @@ class Online:
         if self.eval is not None:
             metrics, episodes = evaluated(policy, self.eval, ctx)
             ctx.log.step(0, metrics, episodes)
+            ctx.judge(metrics, policy, self.eval.patience)
         for step in ctx.steps(self.steps, policy):
             kept, seen = self.draw(policy, prompts, ctx, step)
             metrics = summary(kept, seen)
@@ -133,11 +136,12 @@ class Online:
                 metrics |= learner.step(batch, update, ctx.seeds(step))
                 check_gap(metrics, ctx.name)
             episodes = seen if step % self.samples_every == 0 or step in (1, self.steps) else []
+            measured: dict[str, float] = {}
             if self.eval is not None and self.eval.due(step, self.steps):
                 measured, _ = evaluated(policy, self.eval, ctx)
                 metrics |= measured
                 ctx.judge(metrics, policy, self.eval.patience)
-            if step % self.log_every == 0 or step == self.steps:
+            if step % self.log_every == 0 or step == self.steps or measured:
                 ctx.log.step(step, metrics, episodes[: 2 * self.group_size])
             if self.checkpoint_every and step % self.checkpoint_every == 0:
                 ctx.checkpoint(f"step-{step:06d}", policy)
@@ -155,7 +159,8 @@ class Online:
             played = self.sampler.call(policy, ctx.make_env, next(prompts), self.group_size, sampling, ctx.seeds(step, attempt))
             pay(played, self.reward, f"stages.{ctx.name}.reward")
             seen += played
-            chosen = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
+            have = {e.group for e in kept}
+            chosen = [e for e in played if not math.isnan(e.reward) and e.num_tokens and e.group not in have]
             for keep in self.keep:
                 chosen = keep.call(chosen)
             kept += chosen
@@ -197,8 +202,6 @@ def check_gap(metrics: dict[str, float], stage: str) -> None:
 def summary(kept: list[Episode], seen: list[Episode]) -> dict[str, float]:
     """What happened in the rollouts of one step, as numbers."""
     scored = [e for e in seen if not math.isnan(e.reward)]
-    groups = [list(g) for _, g in itertools.groupby(scored, key=lambda e: e.group)]
-    flat = [g for g in groups if len({e.reward for e in g}) == 1]
     mean = {f"reward/{name}": average([e.rewards[name] for e in scored]) for name in (scored[0].rewards if scored else ())}
     return {
         "reward": average([e.reward for e in scored]),
@@ -206,11 +209,18 @@ def summary(kept: list[Episode], seen: list[Episode]) -> dict[str, float]:
         "reward/failures": float(len(seen) - len(scored)),
         "length": average([float(e.num_tokens) for e in seen]),
         "truncated": average([float(e.status is Status.TRUNCATED) for e in seen]),
-        "groups/no_signal": len(flat) / max(1, len(groups)),
+        "groups/no_signal": no_signal(scored),
+        "groups/trained_no_signal": no_signal(kept),
         "episodes": float(len(seen)),
         "kept": len(kept) / max(1, len(seen)),
         "tokens": float(sum(e.num_tokens for e in seen)),
     }
+
+
+def no_signal(episodes: list[Episode]) -> float:
+    """The share of groups whose rewards are all equal."""
+    groups = [list(g) for _, g in itertools.groupby(episodes, key=lambda e: e.group)]
+    return average([float(len({e.reward for e in g}) == 1) for g in groups])
 
 
 def average(values: list[float]) -> float:

@@ -1,0 +1,199 @@
+"""`rlx check --first-batch`: the batch that each stage draws first, seen through a model of two layers and random weights."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlx import memory
+from rlx.learner import reduced, score, units
+from rlx.memory import Sizes
+from rlx.models.language import LanguageModel
+from rlx.models.load import outline, pretrained, shrunken
+from rlx.plan import Plan
+from rlx.rewards import probes
+from rlx.rewards.score import score as pay
+from rlx.rollout.native import generate
+from rlx.stages.context import Sources
+from rlx.stages.evaluate import Evaluate
+from rlx.stages.fields import reads
+from rlx.stages.fit import Fit, shuffled, tokenized
+from rlx.stages.online import Online, average, credit
+from rlx.types import Batch, Component, ConfigError, Counts, DataError, Episode, Model, ModelRef, Sampling
+
+ROWS = 4  # rows of a fit, or prompts of an online stage, that go through the model
+NEW_TOKENS = 64  # the longest rollout
+BUDGET = 1024  # padded tokens of one forward: a large vocabulary's logits have to fit into a laptop's memory
+
+
+@dataclass
+class Models:
+    """What stands for the weights of a reference: a shrunken model to compute with, and the sizes of the real one."""
+
+    plan: Plan
+    made: dict[str, tuple[LanguageModel, Sizes]] = field(default_factory=dict)
+
+    def get(self, ref: ModelRef | None) -> tuple[LanguageModel, Sizes]:
+        """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
+        while ref is not None and ref.stage:
+            ref = getattr(self.plan.stages[ref.stage], "policy", None)
+        name = ref.path if ref is not None else ""
+        if name not in self.made:
+            model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)
+            small = shrunken(model)
+            small.engine = generate
+            self.made[name] = small, memory.sizes(outline(model))
+        return self.made[name]
+
+
+def at_path(settings: Mapping[str, Any], path: str) -> Component[Model]:
+    """The model of a directory or hub id, with those of the recipe's settings that any pretrained model takes."""
+    shared = {k: v for k, v in settings.items() if k in inspect.signature(pretrained).parameters}
+    given = {**shared, "path": path}
+    return Component("pretrained", functools.partial(pretrained, **given), settings=given)
+
+
+def look(plan: Plan) -> Iterator[str]:
+    """Lines to print, stage by stage. Raises ConfigError at the end, with what is wrong in any stage."""
+    wrong: list[str] = []
+    rows: dict[str, list[Episode]] = {}
+    models = Models(plan)
+    for name, stage in plan.stages.items():
+        at = Sources(run_dir=Path(), name=name, seed=plan.config["seed"], model=plan.model, task=plan.task, rows=rows)
+        yield f"\n{name}"
+        try:
+            if isinstance(stage, Fit | Online):
+                lines = fit(stage, at, models) if isinstance(stage, Fit) else online(stage, at, models)
+                yield from (f"  {line}" for line in lines)
+            tested = stage if isinstance(stage, Evaluate) else getattr(stage, "eval", None)
+            if tested is not None:
+                yield f"  evaluates on {columns(at.data(tested.data, tested.limit))}"
+        except ConfigError as error:
+            wrong.append(str(error) if str(error).startswith("stages.") else f"stages.{name}: {error}")
+    yield f"\nthis machine: {memory.machine()}"
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+# --------------------------------------------------------------------------- the stages
+def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
+    """Rows, mask, lengths, loss and memory of a `fit` stage."""
+    where = f"stages.{at.name}"
+    rows = at.data(stage.data)
+    yield f"{columns(rows)}"
+    model, real = models.get(stage.policy)
+    made = tokenized(rows, model, stage.max_length, f"{where}.data")
+    if len(made) < len(rows) and (masked := sum(not model.tokenize(row).num_tokens for row in rows)):
+        raise DataError(f"{where}.data: {masked} of {len(rows)} rows have no token that is trained on (see `rlx data show`)")
+    first = next(shuffled(made, stage.rows_per_step, at.seeds(), f"{where}.rows_per_step"))
+    lengths = [num_tokens(row) for row in first]
+    trained = sum(row.num_tokens for row in first) / sum(lengths)
+    yield f"first batch: {len(first)} rows of {spread(lengths)} tokens; {trained:.1%} of the positions are trained on"
+    longest = max(num_tokens(row) for row in made)
+    yield f"longest row: {longest} tokens; max_length {stage.max_length or 'not set'}, the model's context {real.context}"
+    if real.context is not None and longest > real.context:
+        raise ConfigError(f"{where}.max_length: a row has {longest} tokens and the model's context {real.context}; set it")
+    yield losses(stage, model, model.collate(first[:ROWS]), where)
+    prompt = max(len(row.turns[0].seen) for row in made)
+    answer = max(num_tokens(row) - len(row.turns[0].seen) for row in made)
+    reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.watch) else None
+    yield from memory.estimate(
+        real, reference, rows=stage.rows_per_step, prompt=prompt, answer=answer, budget=stage.token_budget
+    )
+
+
+def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
+    """Prompts, rewards on completions made by hand and on rollouts, loss and memory of an `online` stage."""
+    where = f"stages.{at.name}"
+    rows = at.data(stage.data)
+    yield f"{columns(rows)}"
+    model, real = models.get(stage.policy)
+    first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
+    prompts = [len(model.render(at.make_env().reset(row.task))) for row in first]
+    limit, longest = at.max_new_tokens(stage.max_new_tokens), max(prompts)
+    yield f"first batch: {len(first)} prompts of {spread(prompts)} tokens; answers of at most {limit}"
+    if real.context is not None and longest + limit > real.context:
+        raise ConfigError(
+            f"{where}.max_new_tokens: {limit} after a prompt of {longest} tokens exceed the model's context of {real.context}"
+        )
+    cut = min(limit, NEW_TOKENS)
+    played = stage.sampler.call(
+        model, at.make_env, first[:ROWS], stage.group_size, Sampling(cut, stage.temperature), at.seeds(1, 0)
+    )
+    for episode in played:
+        episode.info["max_new_tokens"] = limit  # what a reward is told, whatever they are cut at here
+    pay(played, stage.reward, f"{where}.reward")
+    made = probes.completions(first[0], model, limit)
+    pay(list(made.values()), stage.reward, f"{where}.reward")
+    label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} tokens" if cut < limit else "")
+    yield from probes.table(stage.reward, made, played, label)
+    scored = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
+    if len(scored) < len(played):
+        yield f"reward failures: {len(played) - len(scored)} of {len(played)} rollouts could not be scored"
+    if not scored:
+        raise ConfigError(f"{where}.reward: none of {len(played)} rollouts could be scored")
+    yield losses(stage, model, model.collate(scored), where)
+    reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.derive, stage.watch) else None
+    episodes = stage.prompts_per_step * stage.group_size
+    yield from memory.estimate(
+        real,
+        reference,
+        rows=math.ceil(episodes / stage.minibatches),
+        prompt=longest,
+        answer=limit,
+        budget=stage.token_budget,
+        decoded=min(episodes, Sampling(limit).rows),
+    )
+
+
+# --------------------------------------------------------------------------- what they print
+def columns(rows: list[Episode]) -> str:
+    """How many rows there are, and what they have."""
+    has = {
+        "completion": any(row.turns for row in rows),
+        "label": any(row.label not in (None, 1.0) for row in rows),
+        "answer": any(row.task.answer is not None for row in rows),
+    }
+    others = dict.fromkeys(key for row in rows for key in row.task.meta)
+    names = ["prompt", *(name for name, found in has.items() if found), *others]
+    return f"{len(rows)} rows: {', '.join(names)}"
+
+
+@torch.no_grad()
+def losses(stage: Fit | Online, model: LanguageModel, batch: Batch, where: str) -> str:
+    """The loss terms of a batch, reduced as the learner does it. Raises ConfigError where one is not finite."""
+    model.module.eval()
+    temperature = stage.temperature if isinstance(stage, Online) else 1.0
+    advantage, derive = (stage.advantage, stage.derive) if isinstance(stage, Online) else ([], [])
+    wants = reads(stage.loss, advantage, derive)
+    batch["old_logp"] = batch["rollout_logp"]
+    if "ref_logp" in wants:
+        batch["ref_logp"] = score(model, batch, BUDGET, temperature)
+    credit(batch, derive, advantage)
+    counts = Counts(float(batch["mask"].sum()), float(batch["mask"].any(1).sum()))
+    values = {term.name: 0.0 for term in stage.loss}
+    for unit in units(batch, BUDGET):
+        fields = {**unit, **model.forward(unit, wants | {"logp"}, temperature)}
+        for term in stage.loss:
+            values[term.name] += float(reduced(term, fields, stage.reduce, counts))
+    if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
+        raise ConfigError("\n".join(f"{where}.loss: {name!r} is {value} on the first batch" for name, value in bad.items()))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return f"loss of {len(batch.rows)} rows with random weights: {shown}"
+
+
+def spread(counts: list[int]) -> str:
+    """The least, the mean and the most."""
+    return f"{min(counts)} to {max(counts)} (mean {average([float(n) for n in counts]):.1f})"
+
+
+def num_tokens(row: Episode) -> int:
+    """All tokens of a row, prompt included."""
+    return sum(len(t.seen) + len(t.did) for t in row.turns)

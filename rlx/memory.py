@@ -1,0 +1,123 @@
+"""How much memory a stage of the real model takes, from the sizes of the model and of its batches alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from rlx.models.language import LanguageModel
+
+# Bytes a scored position takes for each entry of the vocabulary: five float32 copies of its logits are alive at the peak
+# of forward and backward.
+TRAINED_LOGIT = 20
+# Bytes a sampled row takes for each entry of the vocabulary: logits and log-probs in float32, probabilities and their
+# cumulative sum in float64.
+SAMPLED_LOGIT = 24
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a model depends on. `cached` is the width of keys and values: kv_heads x head_dim."""
+
+    weights: int
+    trained: int
+    layers: int
+    hidden: int
+    ffn: int
+    cached: int
+    vocabulary: int
+    context: int | None
+    bf16: bool
+
+
+def sizes(model: LanguageModel) -> Sizes:
+    """The sizes of a model; `models.load.outline` makes one that takes no memory itself."""
+    weights = list(model.module.parameters())
+    config = model.module.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Sizes(
+        weights=sum(w.numel() for w in weights),
+        trained=sum(w.numel() for w in weights if w.requires_grad),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        cached=kv_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None),
+        bf16=model.bf16,
+    )
+
+
+def states(model: Sizes, reference: Sizes | None) -> int:
+    """Bytes of what stays: float32 weights, gradient and two AdamW moments where trained, the frozen reference's weights.
+
+    4 weights + (4 + 8) trained + 4 reference; bfloat16 computes with a copy of the weights, 2 bytes each.
+    """
+    copies = 2 * model.weights if model.bf16 else 0
+    return 4 * model.weights + 12 * model.trained + copies + (4 * reference.weights if reference else 0)
+
+
+def activations(model: Sizes, tokens: int) -> int:
+    """Bytes that the backward needs of one unit of `tokens` padded tokens: layers x tokens x (40 hidden + 4 b ffn).
+
+    The tensors that a Llama-like decoder layer saves: 10 of the hidden width in float32 (norms, queries, keys and values at
+    full heads, the attention's output, the residual stream) and 4 of the feed-forward's in the compute type (b bytes: 4, or
+    2 with bf16). Attention weights are not kept (sdpa); no activation checkpointing; dense layers.
+    """
+    return model.layers * tokens * (40 * model.hidden + 4 * (2 if model.bf16 else 4) * model.ffn)
+
+
+def logits(model: Sizes, scored: int) -> int:
+    """Bytes of the logits of one unit with `scored` padded positions after the prompts: scored x vocabulary x 20."""
+    return scored * model.vocabulary * TRAINED_LOGIT
+
+
+def rollouts(model: Sizes, rows: int, tokens: int) -> int:
+    """Bytes of `rows` sequences of `tokens` tokens that are decoded together: 2 layers x cached x b of cache a token, and
+    the vocabulary x 24 of the token that is drawn."""
+    return rows * (2 * model.layers * model.cached * (2 if model.bf16 else 4) * tokens + model.vocabulary * SAMPLED_LOGIT)
+
+
+def estimate(
+    real: Sizes, reference: Sizes | None, *, rows: int, prompt: int, answer: int, budget: int, decoded: int = 0
+) -> list[str]:
+    """The largest batch of an optimiser step in units, and the memory of training on it, in words.
+
+    `rows` sequences of `prompt` + `answer` tokens, all as long as the longest; `decoded` of them are sampled at a time.
+    Rollouts and training take turns, so the peak is what stays and the larger of the two. Evaluations are not counted.
+    """
+    each = min(rows, max(1, budget // (prompt + answer)))
+    number = math.ceil(rows / each)
+    stays = states(real, reference)
+    heads, layers = logits(real, each * answer), activations(real, each * (prompt + answer))
+    cache = rollouts(real, decoded, prompt + answer)
+    parts = [
+        f"weights, gradient, AdamW{', reference' if reference else ''} {gigabytes(stays)}",
+        f"a unit's logits {gigabytes(heads)} and activations {gigabytes(layers)}",
+        *([f"rollouts of {decoded} rows {gigabytes(cache)}"] if decoded else []),
+        f"at the peak {gigabytes(stays + max(heads + layers, cache))}",
+    ]
+    return [
+        f"largest batch: {rows} rows of {prompt} + {answer} tokens = {number} unit{'s' if number > 1 else ''} of up to "
+        f"{each} rows (token_budget {budget})",
+        f"memory of {real.weights:,} weights: {'; '.join(parts)}",
+    ]
+
+
+def machine() -> str:
+    """What this machine has."""
+    host = f"{gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    cards = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        cards.append(f"{torch.cuda.get_device_name(i)} with {gigabytes(free)} of {gigabytes(total)} free")
+    return f"{host}, {', '.join(cards) or 'no GPU'}"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes in units of 1e9, one decimal."""
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,138 @@
+"""Episodes to tensors, and the log-probabilities of the forward against a plain model run on each sequence alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import CONFIGS, episode, model, random_episodes
+from torch import Tensor
+
+from rlx.learner import score, units
+from rlx.models.language import LanguageModel
+from rlx.models.load import tiny
+from rlx.types import Batch
+
+
+@pytest.fixture(scope="module")
+def small() -> LanguageModel:
+    return tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64)
+
+
+# --------------------------------------------------------------------------- collate
+def test_collate_by_hand(small: LanguageModel) -> None:
+    one = episode(([10, 11], [12, 13, 1]), group=4, reward=0.5, logp=-0.25)
+    two = episode(([20], [21]), ([22, 23], [24, 1]), group=7, reward=2.0, logp=-0.5)
+    two.label = -1.0
+    batch = small.collate([one, two])
+    assert [row.tolist() for row in batch.rows] == [[10, 11, 12, 13, 1], [20, 21, 22, 23, 24, 1]]
+    assert batch.starts == [2, 1]
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "mask": [[True, True, True, False, False], [True, False, False, True, True]],
+        "rollout_logp": [[-0.25, -0.25, -0.25, 0.0, 0.0], [-0.5, 0.0, 0.0, -0.5, -0.5]],
+        "reward": [[0.0, 0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 2.0]],
+        "ret": [0.5, 2.0],
+        "label": [0.0, -1.0],
+        "group": [4, 7],
+    }
+    assert {name: value.dtype for name, value in batch.items()} == {
+        "mask": torch.bool,
+        "rollout_logp": torch.float32,
+        "reward": torch.float32,
+        "ret": torch.float32,
+        "label": torch.float32,
+        "group": torch.int64,
+    }
+
+
+def test_collate_pays_on_the_last_trained_position(small: LanguageModel) -> None:
+    batch = small.collate([episode(([10], [11]), ([12, 13], []), reward=3.0)])
+    assert batch["mask"].tolist() == [[True, False, False]]
+    assert batch["reward"].tolist() == [[3.0, 0.0, 0.0]]
+
+
+def test_collate_of_an_episode_without_a_trained_token(small: LanguageModel) -> None:
+    batch = small.collate([episode(([10], []), reward=3.0)])
+    assert batch["mask"].shape == (1, 0)
+    assert batch["ret"].tolist() == [3.0]
+
+
+# --------------------------------------------------------------------------- forward
+def dense(policy: LanguageModel, batch: Batch, temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """log-prob and entropy of each sequence's field positions, by a plain forward of that sequence alone."""
+    logps, entropies = [], []
+    for row, start in zip(batch.rows, batch.starts, strict=True):
+        ids = torch.from_numpy(row)
+        with torch.no_grad():
+            logits = policy.module(input_ids=ids[None]).logits[0].double() / temperature
+        logp = torch.log_softmax(logits, -1)[start - 1 : -1]
+        logps.append(logp.gather(-1, ids[start:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    return logps, entropies
+
+
+def close(found: Tensor, expected: list[Tensor], tolerance: float = 2e-5) -> None:
+    for row, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(row[: len(want)].double(), want, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_forward_is_a_plain_forward_of_each_sequence(name: str, temperature: float) -> None:
+    policy = model(name)
+    batch = policy.collate(random_episodes(8))
+    out = policy.forward(batch, {"logp", "entropy"}, temperature)
+    logp, entropy = dense(policy, batch, temperature)
+    assert out["logp"].shape == out["entropy"].shape == batch["mask"].shape
+    assert out["logp"].dtype == torch.float32
+    assert float(torch.cat(logp).std()) > 0.5  # the distributions are worth telling apart
+    close(out["logp"], logp)
+    close(out["entropy"], entropy)
+
+
+def test_forward_computes_what_is_wanted(small: LanguageModel) -> None:
+    batch = small.collate(random_episodes(2))
+    assert set(small.forward(batch, {"logp", "adv"})) == {"logp"}
+    assert set(small.forward(batch, {"entropy"})) == {"entropy"}
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_split_and_order_change_nothing(small: LanguageModel, budget: int) -> None:
+    batch = small.collate(random_episodes(9))
+    whole = score(small, batch, 10_000, 1.0)
+    torch.testing.assert_close(score(small, batch, budget, 1.0) * batch["mask"], whole * batch["mask"], atol=1e-5, rtol=0)
+    order = [3, 8, 0, 1, 7, 2, 6, 5, 4]
+    mixed = score(small, batch.take(order), budget, 1.0)
+    torch.testing.assert_close(mixed * batch["mask"][order], (whole * batch["mask"])[order], atol=1e-5, rtol=0)
+
+
+def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> None:
+    batch = small.collate(random_episodes(20))
+    batch["index"] = torch.arange(20)
+    parts = list(units(batch, 60))
+    assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
+    assert len(parts) > 3
+    for part in parts:
+        width = max(part.starts) + max(len(r) - s for r, s in zip(part.rows, part.starts, strict=True))
+        assert len(part.rows) == 1 or width * len(part.rows) <= 60
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
+    policy = tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64, dtype="bf16")
+    exact = tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64)
+    batch = policy.collate(random_episodes(4))
+    found, want = (p.forward(batch, {"logp"})["logp"] * batch["mask"] for p in (policy, exact))
+    assert found.dtype == torch.float32
+    assert {p.dtype for p in policy.module.parameters()} == {torch.float32}
+    assert 0.0 < float((found - want).abs().max()) < 0.05
+
+
+# --------------------------------------------------------------------------- to disk
+def test_save_replaces_a_folder_and_leaves_nothing_beside_it(small: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").touch()
+    small.save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / "stale").exists()

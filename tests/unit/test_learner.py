@@ -1,0 +1,238 @@
+"""One optimiser step against plain autograd on each sequence alone, and what must not change it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from architectures import episode, ids, random_episodes
+from torch import Tensor
+
+from rlx import reduce
+from rlx.learner import NonFinite, TorchLearner, Update
+from rlx.losses import likelihood, policy, watch
+from rlx.models.language import LanguageModel
+from rlx.models.load import tiny
+from rlx.optim import adamw, factor
+from rlx.rollout.native import generate
+from rlx.rollout.noise import key
+from rlx.types import Batch, Component, Episode, Sampling, Task
+
+NLL = Component("nll", likelihood.nll, ("logp", "mask"))
+PG = Component("policy_gradient", policy.policy_gradient, ("logp", "adv", "mask"))
+ENTROPY = Component("entropy", watch.entropy_value, ("entropy", "mask"))
+REDUCTIONS: dict[str, Component[Any]] = {
+    "token_mean": Component("token_mean", reduce.token_mean),
+    "seq_mean": Component("seq_mean", reduce.seq_mean),
+    "seq_sum": Component("seq_sum", reduce.seq_sum),
+    "constant": Component("constant", partial(reduce.constant, length=10)),
+}
+
+
+def model(seed: int = 0) -> LanguageModel:
+    return tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64, seed=seed)
+
+
+def sgd(**settings: Any) -> Component[Any]:
+    """Weights move by -lr times the gradient (clip 0: as it is), so a step shows the gradient."""
+    return Component("sgd", lambda parameters, lr: torch.optim.SGD(parameters, lr=lr), settings={"clip": 0.0, **settings})
+
+
+def batch_of(made: LanguageModel, num: int = 7) -> Batch:
+    batch = made.collate(random_episodes(num))
+    torch.manual_seed(1)
+    batch["adv"] = torch.randn(batch["mask"].shape)
+    return batch
+
+
+def weights(made: LanguageModel) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in made.module.parameters()])
+
+
+def moved(update: Update, num: int = 7, seed: tuple[int, ...] = (0,)) -> tuple[dict[str, float], Tensor]:
+    """Metrics, and the gradient that one step at lr 1 followed."""
+    made = model()
+    before = weights(made)
+    metrics = TorchLearner(made, sgd(), lr=1.0, total=1).step(batch_of(made, num), update, seed)
+    return metrics, before - weights(made)
+
+
+def by_hand(name: str) -> tuple[float, Tensor]:
+    """The policy-gradient loss and its gradient, sequence by sequence, without padding or units."""
+    made = model()
+    batch = batch_of(made)
+    sums, lengths = [], []
+    for i, (row, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
+        logits = made.module(input_ids=torch.from_numpy(row)[None]).logits[0, start - 1 : -1]
+        logp = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(row[start:])[:, None])[:, 0]
+        sums.append((-batch["adv"][i, : len(logp)] * logp).sum())
+        lengths.append(len(logp))
+    loss = {
+        "token_mean": sum(sums) / sum(lengths),
+        "seq_mean": sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(sums),
+        "seq_sum": sum(sums) / len(sums),
+        "constant": sum(sums) / (10 * len(sums)),
+    }[name]
+    assert isinstance(loss, Tensor)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in made.module.parameters()]
+    )
+
+
+# --------------------------------------------------------------------------- the gradient
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("budget", [1, 50, 10_000])
+def test_gradient_is_that_of_the_loss_by_hand(name: str, budget: int) -> None:
+    loss, gradient = by_hand(name)
+    metrics, found = moved(Update([PG], REDUCTIONS[name], token_budget=budget))
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
+    torch.testing.assert_close(found, gradient, atol=2e-6 + 1e-6 * float(gradient.abs().max()), rtol=1e-4)
+
+
+def test_terms_have_their_own_weights_and_reductions() -> None:
+    terms = [dataclasses.replace(PG, weight=0.5), dataclasses.replace(NLL, weight=2.0, reduce=REDUCTIONS["seq_sum"])]
+    metrics, found = moved(Update(terms, REDUCTIONS["token_mean"]))
+    parts = [moved(Update([term], REDUCTIONS[name])) for term, name in ((PG, "token_mean"), (NLL, "seq_sum"))]
+    assert metrics["loss/policy_gradient"] == pytest.approx(parts[0][0]["loss"], abs=1e-5)
+    assert metrics["loss/nll"] == pytest.approx(parts[1][0]["loss"], rel=1e-5)
+    assert metrics["loss"] == pytest.approx(0.5 * parts[0][0]["loss"] + 2 * parts[1][0]["loss"], rel=1e-5)
+    torch.testing.assert_close(found, 0.5 * parts[0][1] + 2 * parts[1][1], atol=1e-4, rtol=1e-4)
+
+
+def test_term_of_a_number_a_sequence_is_averaged_over_sequences() -> None:
+    term = Component("score", lambda logp, mask: torch.where(mask, logp, 0.0).sum(1), ("logp", "mask"))
+    summed = dataclasses.replace(NLL, reduce=REDUCTIONS["seq_sum"])
+    one, two = (moved(Update([t], REDUCTIONS["token_mean"])) for t in (term, summed))
+    assert one[0]["loss"] == pytest.approx(-two[0]["loss"], rel=1e-5)
+
+
+def test_gradient_variance_changes_neither_loss_nor_gradient() -> None:
+    plain, halved = (moved(Update([PG], REDUCTIONS["seq_mean"], grad_variance=on), num=8) for on in (False, True))
+    assert halved[0]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-5)
+    assert halved[0]["grad_variance"] > 0
+    torch.testing.assert_close(halved[1], plain[1], atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------- steps, clipping, schedule
+def test_epochs_and_minibatches_count_optimiser_steps() -> None:
+    made = model()
+    learner = TorchLearner(made, sgd(), lr=0.0, total=100)
+    learner.step(batch_of(made), Update([NLL], REDUCTIONS["seq_mean"], epochs=2, minibatches=3), (0,))
+    assert learner.steps == 6
+    learner.step(batch_of(made, 2), Update([NLL], REDUCTIONS["seq_mean"], epochs=1, minibatches=5), (0,))
+    assert learner.steps == 8  # two rows make two parts
+
+
+def test_metrics_are_means_over_minibatches() -> None:
+    made = model()
+    learner = TorchLearner(made, sgd(), lr=0.0, total=100)
+    batch = batch_of(made, 8)
+    whole = learner.step(batch, Update([NLL], REDUCTIONS["seq_mean"], watch=[ENTROPY]), (0,))
+    parts = learner.step(batch, Update([NLL], REDUCTIONS["seq_mean"], epochs=2, minibatches=4), (0,))
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)  # equal parts: the mean of means is the mean
+    out = made.forward(batch, {"entropy"})
+    assert whole["entropy"] == pytest.approx(float(out["entropy"][batch["mask"]].mean().detach()), rel=1e-5)
+
+
+def test_minibatches_follow_the_seed() -> None:
+    update = Update([NLL], REDUCTIONS["seq_mean"], minibatches=3)
+    one, same, other = (moved(update, seed=seed)[1] for seed in ((0, 1), (0, 1), (0, 2)))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_clip_limits_the_norm_and_reports_the_one_before() -> None:
+    made = model()
+    before = weights(made)
+    batch = batch_of(made)
+    metrics = TorchLearner(made, sgd(clip=0.01), lr=1.0, total=1).step(batch, Update([PG], REDUCTIONS["seq_sum"]), (0,))
+    assert metrics["grad_norm"] > 0.1
+    assert float((before - weights(made)).norm()) == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0.5, 1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 2, [0.5, 1, 1, 0.5, 0]),
+        ("cosine", 0, [1, 0.853553, 0.5, 0.146447, 0]),
+        ("cosine", 4, [0.25, 0.5, 0.75, 1, 0]),
+    ],
+)
+def test_schedule_values(schedule: str, warmup: int, expected: list[float]) -> None:
+    """Of 4 steps: the last is at index 3; 0 is where the schedule would arrive, and stays."""
+    values = [factor(step, total=4, schedule=schedule, warmup=warmup) for step in range(5)]
+    if schedule == "cosine" and warmup == 4:
+        assert values[:4] == expected[:4]
+    else:
+        assert values == pytest.approx(expected, abs=1e-6)
+        assert factor(9, total=4, schedule=schedule, warmup=warmup) == pytest.approx(expected[-1])
+
+
+def test_learning_rate_follows_the_schedule() -> None:
+    made = model()
+    learner = TorchLearner(made, sgd(schedule="linear"), lr=0.1, total=4)
+    rates = [learner.step(batch_of(made), Update([NLL], REDUCTIONS["token_mean"]), (0,))["lr"] for _ in range(4)]
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_adamw_takes_its_settings() -> None:
+    group = adamw([torch.nn.Parameter(torch.zeros(1))], 0.5, betas=[0.8, 0.9], eps=1e-3, weight_decay=0.2).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.8, 0.9), 1e-3, 0.2)
+
+
+# --------------------------------------------------------------------------- what stops a run
+def test_loss_that_is_not_finite_leaves_the_weights() -> None:
+    made = model()
+    before = weights(made)
+    batch = batch_of(made)
+    batch["adv"][2, 0] = float("inf")
+    learner = TorchLearner(made, sgd(), lr=1.0, total=1)
+    with pytest.raises(NonFinite, match=r"the loss or its gradient is not finite .* on the groups \[0, 1, 2, 3\]; the weights"):
+        learner.step(batch, Update([PG], REDUCTIONS["token_mean"]), (0,))
+    assert torch.equal(weights(made), before)
+    assert all(p.grad is None for p in made.module.parameters())
+    batch["adv"][2, 0] = 0.0
+    assert learner.step(batch, Update([PG], REDUCTIONS["token_mean"]), (0,))["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("did", [[], [20]])
+def test_batch_without_a_trained_token_is_refused(did: list[int]) -> None:
+    made = model()
+    batch = made.collate([episode(([10], did))])
+    batch["mask"] = torch.zeros_like(batch["mask"])
+    with pytest.raises(NonFinite) as error:
+        TorchLearner(made, sgd(), lr=1.0, total=1).step(batch, Update([NLL], REDUCTIONS["token_mean"]), (0,))
+    assert str(error.value) == "no token of this batch is trained on: every mask is empty"
+
+
+# --------------------------------------------------------------------------- on-policy
+def sampled(made: LanguageModel) -> Batch:
+    prompts = [ids(3, 60, 61, 4), ids(3, 70, 4)]
+    played = generate(made, prompts, [[key(i, j) for j in range(6)] for i in range(2)], Sampling(8))
+    return made.collate([Episode(Task(()), i, [turn]) for i, row in enumerate(played) for turn in row])
+
+
+def test_gap_is_measured_before_the_first_update() -> None:
+    made = model()
+    update = Update([NLL], REDUCTIONS["token_mean"], epochs=3, minibatches=2, sampled=True)
+    metrics = TorchLearner(made, sgd(), lr=5.0, total=6).step(sampled(made), update, (0,))
+    assert 0.0 <= metrics["gap/mean"] <= metrics["gap/max"] < 1e-5
+
+
+def test_gap_shows_another_policy() -> None:
+    batch = sampled(model(seed=1))
+    other = model(seed=2)
+    update = Update([NLL], REDUCTIONS["token_mean"], sampled=True)
+    metrics = TorchLearner(other, sgd(), lr=0.0, total=1).step(batch, update, (0,))
+    gap = (other.forward(batch, {"logp"})["logp"] - batch["rollout_logp"]).abs()[batch["mask"]].detach()
+    assert metrics["gap/mean"] == pytest.approx(float(gap.mean()), rel=1e-4)
+    assert metrics["gap/max"] == pytest.approx(float(gap.max()), rel=1e-4)
+    assert metrics["gap/max"] > 0.01
