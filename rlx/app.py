@@ -84,7 +84,12 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
             hydra_multirun([*texts, f'hydra.sweep.dir="{root}"'], job)
     except KeyboardInterrupt:
         raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root, '-m')}", 130) from None
-    jobs = [json.loads(line) for line in (root / JOBS).read_text().splitlines()] if (root / JOBS).is_file() else []
+    except ConfigError:
+        raise
+    except ValueError:  # of a sweeper that looks for the best of its trials where all have failed
+        if not ended(root) or any(job["exit"] == 0 for job in ended(root)):
+            raise
+    jobs = ended(root)
     if not jobs:
         raise ConfigError("the sweep has no jobs: no value matches; `rlx list` shows the recipes")
     runs = [job_run(root, job) for job in sorted(jobs, key=lambda job: int(job["job"]))]
@@ -104,8 +109,8 @@ def writable(folder: Path) -> Iterator[None]:
         raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
 
 
-def sweep_job(root: Path, command: list[str], _: Any) -> float:
-    """One job, as Hydra calls it (in this process or in a launcher's); its objective, nan where it failed."""
+def sweep_job(root: Path, command: list[str], _: Any) -> float | None:
+    """One job, as Hydra calls it (in this process or in a launcher's); its objective, None where it failed."""
     from hydra.core.hydra_config import HydraConfig
 
     settings = HydraConfig.get()
@@ -124,7 +129,13 @@ def sweep_job(root: Path, command: list[str], _: Any) -> float:
         file.write(line + "\n")
     info = run_dir / "run.json"
     value = json.loads(info.read_text()).get("objective") if status == 0 and info.is_file() else None
-    return float("nan") if value is None else float(value)
+    return None if value is None else float(value)
+
+
+def ended(root: Path) -> list[dict[str, Any]]:
+    """The jobs of a sweep that have ended."""
+    path = root / JOBS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def job_run(root: Path, job: dict[str, Any]) -> Run:

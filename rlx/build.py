@@ -43,7 +43,7 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
     "reward": {"weight": float},
 }
 # Settings that name a file or a folder, or else something on the hub.
-FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",)}
+FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",), "reward": ("path",)}
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 # A list of known names longer than this is cut to the nearest dozen.
 MANY, NEAREST = 30, 12
@@ -106,7 +106,7 @@ class Binder:
         read = frame.pop("read", {})
         if unknown := [key for key in read if key not in reads]:
             self.errors.append(f"{path}.read.{unknown[0]}: {group} {name!r} reads {', '.join(reads)}")
-        label = name + (f"@{number}" if number else "")
+        label = name.rpartition(":")[2] + (f"@{number}" if number else "")  # own code goes by its function's name
         return t.Component(label, partial(target, **settings), tuple(read.get(r, r) for r in reads), settings=settings, **frame)
 
     def record(self, cls: Any, what: str, node: Mapping[str, Any], path: str) -> Any:

@@ -42,6 +42,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "format": "rlx.rewards.rules:format",
         "soft_overlong": "rlx.rewards.rules:soft_overlong",
         "length": "rlx.rewards.rules:length",
+        "constant": "rlx.rewards.rules:constant",
+        "reward_model": "rlx.rewards.model:reward_model",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
@@ -56,6 +58,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "maj": "rlx.metrics:maj_at",
         "length": "rlx.metrics:length",
         "wrong_length": "rlx.metrics:wrong_length",
+        "excess_length": "rlx.metrics:excess_length",
         "truncated": "rlx.metrics:truncated",
     },
     "sampler": {
@@ -67,6 +70,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "math": "rlx.data.mathematics:math",
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
         "dapo_math": "rlx.data.mathematics:dapo_math",
+        "tldr": "rlx.data.tldr:tldr",
         "files": "rlx.data.files:files",
     },
     "data": {

@@ -40,7 +40,7 @@ def generated_batch(names: set[str]) -> Batch:
 
 
 def components(plan: Plan) -> list[str]:
-    """Call every bound loss, advantage, derive, reduction and watch of a plan on a generated batch; what is wrong, a line each."""
+    """Call every bound loss, advantage, derive, reduction and watch of a plan on a generated batch; a line for each mistake."""
     found: list[str] = []
     for name, stage in plan.stages.items():
         loss, watch = getattr(stage, "loss", []), getattr(stage, "watch", [])

@@ -53,8 +53,16 @@ class Check:
             text += f" minus {other}{self.minus}"
         if self.per is not None:
             text += f" divided by {self.per}'s"
-        bounds = [f">= {self.min:g}"] * (self.min is not None) + [f"<= {self.max:g}"] * (self.max is not None)
+        bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
         return f"{text} {' and '.join(bounds)}"
+
+
+@dataclass(kw_only=True)
+class Shown:
+    """A further column of the result's table."""
+
+    metric: str
+    at: At = "last"
 
 
 @dataclass(kw_only=True)
@@ -72,7 +80,7 @@ class Claim:
     equal: Literal["steps", "rollouts", "tokens", "none"] = "steps"
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_seeds: list[int] = field(default_factory=lambda: [1000])
-    show: list[str] = field(default_factory=list)
+    show: list[Shown] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_seeds: int = 10
     minutes: int = MINUTES
@@ -87,7 +95,13 @@ class Claim:
     def metrics(self) -> list[str]:
         """Every metric that a check or the table needs."""
         checked = [m for c in self.checks for m in (c.metric, c.minus_metric) if m]
-        return list(dict.fromkeys([*checked, *self.show]))
+        return list(dict.fromkeys([*checked, *(s.metric for s in self.show)]))
+
+    @property
+    def columns(self) -> list[tuple[str, At]]:
+        """The columns of the result's table: what is checked, then what is shown."""
+        checked = [(c.metric, c.at) for c in self.checks]
+        return list(dict.fromkeys([*checked, *((s.metric, s.at) for s in self.show)]))
 
     def settings(self) -> list[dict[str, Any]]:
         """The grid of `tune`."""
@@ -109,8 +123,9 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
                     binder.errors.append(f"claim.checks.{i}: no arm {arm!r} (known: {', '.join(claim.names)})")
             if check.min is None and check.max is None:
                 binder.errors.append(f"claim.checks.{i}: needs min or max")
+        added = {path.split(".")[1] for path in claim.common if path.startswith("stages.")}
         for metric in claim.metrics:
-            if metric.partition("/")[0] not in config.get("stages", {}):
+            if metric.partition("/")[0] not in {*config.get("stages", {}), *added}:
                 binder.errors.append(f"claim: metric {metric!r} names no stage of the recipe")
         if len(claim.seeds) < 3:
             binder.errors.append(f"claim.seeds: at least 3 are run, got {claim.seeds}")

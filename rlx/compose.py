@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from rlx.paths import CONF, RECIPES
 from rlx.types import ConfigError
 
 # What a recipe says about itself. It belongs to its file: a recipe that starts from another does not inherit it.
-HEADER = ("purpose", "paper", "claim", "published", "unverified", "requires")
+HEADER = ("purpose", "paper", "claim", "published", "sources", "unverified", "requires")
 # `model=x` and `task=x` are short for the name inside.
 SHORT = ("model", "task")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -241,7 +242,7 @@ def hydra_compose(texts: Sequence[str]) -> dict[str, Any]:
     return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
 
 
-def hydra_multirun(texts: Sequence[str], job: Callable[[Any], float]) -> None:
+def hydra_multirun(texts: Sequence[str], job: Callable[[Any], float | None]) -> None:
     """Hydra's sweeper and launcher on `job`. Raises ConfigError for what Hydra refuses."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -257,9 +258,12 @@ def hydra_multirun(texts: Sequence[str], job: Callable[[Any], float]) -> None:
 
 
 def first_lines(error: Exception) -> str:
-    """What Hydra says, without its advice to set environment variables and the sign that rlx puts before a key."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("See https", "Set the env"))]
-    return "; ".join(lines[:2]).replace("++", "")
+    """What Hydra says, without its advice and the sign that rlx puts before a key."""
+    skipped = ("See https", "Set the env", "Config search path")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = list(itertools.takewhile(lambda line: not line.startswith(skipped), lines))
+    more = "; more sweepers and launchers: pip install 'rlx[sweep]'" if "'hydra/" in kept[0] else ""
+    return " ".join(kept).replace("++", "") + more
 
 
 def resolved(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -291,8 +295,8 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
     caps: dict[str, Any] = config.pop("caps", None) or {}
 
     def cap(node: Any, path: str) -> None:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            if isinstance(value, dict):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, dict | list):
                 cap(value, f"{path}.{key}")
             elif key in caps and isinstance(value, int) and value > caps[key]:
                 node[key] = caps[key]
@@ -300,8 +304,7 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
 
     stages = config.get("stages")
     stages = stages if isinstance(stages, dict) else {}
-    for name, stage in stages.items():
-        cap(stage, f"stages.{name}")
+    cap(stages, "stages")
     for key, value in (caps.get("all") or {}).items():
         for stage in stages.values():
             if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):

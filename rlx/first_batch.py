@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from rlx import memory
+from rlx import memory, probes
 from rlx.learner import reduced, score, units
 from rlx.memory import Sizes
 from rlx.models.language import LanguageModel
 from rlx.models.load import outline, pretrained, shrunken
 from rlx.plan import Plan
-from rlx.rewards import probes
 from rlx.rewards.score import score as pay
 from rlx.rollout.native import generate
 from rlx.stages.context import Sources
@@ -43,7 +42,7 @@ class Models:
     def get(self, ref: ModelRef | None) -> tuple[LanguageModel, Sizes]:
         """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
         while ref is not None and ref.stage:
-            ref = getattr(self.plan.stages[ref.stage], "policy", None)
+            ref = None if ref.stage == "model" else getattr(self.plan.stages[ref.stage], "policy", None)
         name = ref.path if ref is not None else ""
         if name not in self.made:
             model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)

@@ -102,8 +102,8 @@ def estimate(
         f"at the peak {gigabytes(stays + max(heads + layers, cache))}",
     ]
     return [
-        f"largest batch: {rows} rows of {prompt} + {answer} tokens = {number} unit{'s' if number > 1 else ''} of up to "
-        f"{each} rows (token_budget {budget})",
+        f"largest batch: {many(rows, 'row')} of {prompt} + {answer} tokens = {many(number, 'unit')} of at most "
+        f"{many(each, 'row')} (token_budget {budget})",
         f"memory of {real.weights:,} weights: {'; '.join(parts)}",
     ]
 
@@ -121,3 +121,8 @@ def machine() -> str:
 def gigabytes(size: int) -> str:
     """Bytes in units of 1e9, one decimal."""
     return f"{size / 1e9:.1f} GB"
+
+
+def many(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -83,6 +83,12 @@ def wrong_length(sampled: list[list[Episode]]) -> float:
     return _mean(float(episode.num_tokens) for group in sampled for episode in _scored(group) if not _right(episode))
 
 
+def excess_length(sampled: list[list[Episode]]) -> float:
+    """Mean number of tokens of the wrong samples minus that of the right ones; nan where there are none of a kind."""
+    right = _mean(float(episode.num_tokens) for group in sampled for episode in _scored(group) if _right(episode))
+    return wrong_length(sampled) - right
+
+
 def truncated(sampled: list[list[Episode]]) -> float:
     """Share of the samples that the token limit cut."""
     return _mean(float(episode.status is Status.TRUNCATED) for group in sampled for episode in group)

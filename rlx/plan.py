@@ -28,6 +28,7 @@ KEYS: dict[str, Any] = {
     "objective": str,
     "claim": dict[str, Any],
     "published": list[Any],
+    "sources": dict[str, str],
     "unverified": list[str],
     "requires": dict[str, Any],
     "stages": dict[str, Any],
@@ -39,7 +40,7 @@ KEYS: dict[str, Any] = {
     "scale": str,
 }
 
-# Settings of stages that are at least 1, and those that are more than 0.
+# Settings of stages that are at least 1, and those that are not below 0 (a rate of 0 measures a frozen policy).
 COUNTS = {
     "steps",
     "rows_per_step",
@@ -137,6 +138,8 @@ def bind_task(binder: Binder, node: Any) -> TaskSource | None:
 def bind_stage(binder: Binder, name: str, node: Any) -> Any:
     """One stage of the recipe, by its `kind`."""
     path = f"stages.{name}"
+    if name == "model":
+        binder.errors.append(f"{path}: @model already means what the recipe starts from; call the stage something else")
     if not isinstance(node, Mapping):
         binder.errors.append(f"{path}: expected a mapping with `kind`, got {node!r}")
         return None
@@ -156,9 +159,9 @@ def sizes(node: Any) -> list[str]:
     """Settings of a stage, and of its `eval`, that are too small to mean anything."""
     values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     found = [
-        f"{key}: expected {'at least 1' if key in COUNTS else 'more than 0'}, got {value}"
+        f"{key}: expected {'at least 1' if key in COUNTS else '0 or more'}, got {value}"
         for key, value in values.items()
-        if (key in COUNTS and value is not None and value < 1) or (key in RATES and value <= 0)
+        if (key in COUNTS and value is not None and value < 1) or (key in RATES and value < 0)
     ]
     if values.get("loss") == []:
         found.append("loss: required; a stage without a loss trains nothing")
@@ -215,7 +218,8 @@ def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tupl
 
 def stage_refs(node: Any) -> list[str]:
     """The stages that a stage takes weights from."""
-    return list(dict.fromkeys(r[1:].partition(":")[0] for _, r in located(node, "") if not r.startswith("@task/")))
+    refs = [r for _, r in located(node, "") if not r.startswith("@task/") and r != "@model"]
+    return list(dict.fromkeys(r[1:].partition(":")[0] for r in refs))
 
 
 def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None, *, no_task: bool) -> None:
@@ -227,7 +231,7 @@ def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None
                 binder.errors.append(f"{path}: {ref!r} needs a task, and the recipe has none; give task=NAME")
             elif task is not None and split not in task.splits:
                 binder.errors.append(f"{path}: the task has no split {split!r}{hint(split, task.splits)}")
-        elif not path.endswith(".data") and (stage := ref[1:].partition(":")[0]) not in nodes:
+        elif not path.endswith(".data") and ref != "@model" and (stage := ref[1:].partition(":")[0]) not in nodes:
             binder.errors.append(f"{path}: {ref!r} refers to no stage of the recipe{hint(stage, nodes)}")
 
 

@@ -20,8 +20,8 @@ import yaml
 from rlx.claims import METHOD, Claim, Outcome, Verdict, outcomes, value_at, verdict
 from rlx.plan import plan
 from rlx.report.read import Run, load_run
-from rlx.run import code_hash, run_stage, versions, write_json
-from rlx.track import Lines, NoTracker
+from rlx.run import code_hash, make_tracker, quiet, run_stage, versions, write_json
+from rlx.track import Lines
 from rlx.types import ConfigError
 
 
@@ -236,15 +236,14 @@ def equal_budget(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Seque
     """Raises ConfigError where the arms differ by over 2 % in what the claim says is equal."""
     if claim.equal == "none":
         return
-    stage = claim.checks[0].metric.partition("/")[0]
     for seed in seeds:
-        spent_ = {arm: spent(runs[arm, seed], stage)[claim.equal] for arm in claim.names}
+        spent_ = {arm: spent(runs[arm, seed])[claim.equal] for arm in claim.names}
         if max(spent_.values()) > 1.02 * min(spent_.values()):
             shown = ", ".join(f"{arm} {amount:g}" for arm, amount in spent_.items())
             raise ConfigError(f"claim.equal: the arms were to have equal {claim.equal}, but on seed {seed} had {shown}")
 
 
-def spent(run: Run, stage: str = "") -> dict[str, float]:
+def spent(run: Run) -> dict[str, float]:
     """Steps, rollouts and trained tokens of a run, in all stages that train."""
     totals = {"steps": 0.0, "rollouts": 0.0, "tokens": 0.0}
     for log in run.stages:
@@ -272,9 +271,16 @@ def main(folder: Path, stage: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    quiet()
     began = time.monotonic()
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    run_stage(plan(config), stage, folder, display=Lines(30.0), tracker=NoTracker())
+    made = plan(config)
+    group = f"reproduce-{config['recipe'].replace('/', '-')}"
+    tracker = make_tracker(made, folder, {"tracker_id": folder.name, "sweep": group})
+    try:
+        run_stage(made, stage, folder, display=Lines(30.0), tracker=tracker)
+    finally:
+        tracker.finish()
     (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
 
 

@@ -66,22 +66,22 @@ def checks(result: Result) -> list[str]:
 
 
 def arms(result: Result) -> list[str]:
-    """A row an arm: each metric's last value (mean and half of the 95 % interval over seeds) and what was spent."""
-    metrics = result.claim.metrics
-    lines = ["| arm | " + " | ".join(metrics) + " | steps | rollouts |", "|---" * (len(metrics) + 3) + "|"]
+    """A row an arm: the checked and shown values (mean and half of the 95 % interval over seeds) and what was spent."""
+    columns = result.claim.columns
+    heads = [metric if at == "last" else f"{metric} ({at})" for metric, at in columns]
+    lines = ["| arm | " + " | ".join(heads) + " | steps | rollouts |", "|---" * (len(heads) + 3) + "|"]
     for arm in result.claim.names:
         cells = []
-        for metric in metrics:
+        for metric, at in columns:
             try:
-                mean, half = mean_interval([value_at(result.runs[arm, s], metric, "last") for s in result.seeds])
+                mean, half = mean_interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
                 cells.append(f"{mean:.3f} +- {half:.3f}")
             except ValueError:
                 cells.append("-")
-        stage = metrics[0].partition("/")[0]
-        total = spent(result.runs[arm, result.seeds[0]], stage)
+        total = spent(result.runs[arm, result.seeds[0]])
         label = f"{arm} (the paper's)" if arm == METHOD else arm
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
-    return [*lines, "", "Last values; mean and half-width of the 95 % interval over seeds."]
+    return [*lines, "", "Last values unless said otherwise; mean and half-width of the 95 % interval over seeds."]
 
 
 def tuning(result: Result) -> list[str]:

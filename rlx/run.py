@@ -35,7 +35,7 @@ from rlx.types import ConfigError
 
 VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
 # Keys of a config that may differ between two starts of one run.
-FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "unverified"}
+FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
 
 
 class Failed(RuntimeError):
@@ -61,6 +61,7 @@ def run(
     """
     info = start(plan, run_dir, command or sys.argv, overrides or [], sweep)
     if info["status"] == "finished":
+        print(f"{run_dir}: finished before; nothing is run again")
         return info
     tracker = make_tracker(plan, run_dir, info)
     display: Display = Live() if sys.stdout.isatty() else Lines()
@@ -85,13 +86,13 @@ def run(
     except ConfigError as error:
         close("failed", str(error))
         raise
-    except BaseException as error:
+    except Exception as error:
+        said = f"stages.{current}: {error if isinstance(error, RuntimeError) else f'{type(error).__name__}: {error}'}"
         with contextlib.suppress(OSError):  # the disk may be what failed
+            close("failed", said)
             (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            close("failed", f"stage {current!r}: {error}")
-        if not isinstance(error, RuntimeError | OSError):
-            raise
-        raise Failed(f"stages.{current}: {error}\nthe traceback is in {run_dir / 'error.txt'}") from error
+            said += f"\nthe traceback is in {run_dir / 'error.txt'}"
+        raise Failed(said) from error
     finally:
         tracker.finish()
     return info

@@ -49,6 +49,8 @@ def show_recipe(arguments: list[str], extra: Path | None) -> None:
         print("# needs: " + ", ".join(f"{k} {v}" for k, v in needs.items()))
     for row in config.pop("published", None) or []:
         print(f"# published: {row['setting']}: {row['metric']} {row.get('control', '-')} -> {row['method']} ({row['source']})")
+    for path, source in (config.pop("sources", None) or {}).items():
+        print(f"# source of {path}: {source}")
     if unsure := config.pop("unverified", None):
         for line in textwrap.wrap("not verified against the paper: " + ", ".join(unsure), 110):
             print(f"# {line}")
@@ -58,10 +60,12 @@ def show_recipe(arguments: list[str], extra: Path | None) -> None:
 def show_data(arguments: list[str], extra: Path | None, trust: list[str], num: int) -> None:
     """A few rows of every data set of the recipe, token by token: [trained] in brackets, ends visible."""
     from rlx.app import planned
+    from rlx.run import quiet
     from rlx.stages.context import Sources
     from rlx.types import DataRef
 
     _, made = planned(arguments, extra, trust)
+    quiet()
     shown: set[str] = set()
     policy: Policy | None = None
     for name, stage in made.stages.items():

@@ -336,7 +336,10 @@ class Component(Generic[Bound_co]):
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where weights come from: an earlier stage (`@sft`, `@sft:best`, `@sft:step=80`), or a directory or hub id."""
+    """Where weights come from: an earlier stage (`@sft`, `@sft:best`, `@sft:step=80`), or a directory or hub id.
+
+    `@model` is what the recipe starts from; no stage may be called that.
+    """
 
     stage: str = ""
     pick: str = "last"

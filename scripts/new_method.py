@@ -45,7 +45,7 @@ def test_value_by_hand() -> None:
 RECIPE = """# What the method changes, and why.
 purpose: "ONE LINE"
 paper: {{title: "TITLE", year: YEAR, arxiv: "NUMBER"}}
-defaults: [/recipe/{parent}, _self_]
+defaults: [/recipe/{parent}]
 stages:
   rl:
     {group}: [{{name: {name}}}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -45,7 +46,9 @@ class LanguageModel:
         A conversation whose last message is an unfinished assistant turn is continued, not closed.
         Raises DataError for a prompt without a token.
         """
-        return self._prompt(self._text(messages, opened=True))
+        (ids,) = self._ids(self._text(messages, opened=True))
+        self._check_prompt(ids)
+        return ids
 
     def extension(self, talk: Sequence[Message], num_replies: int) -> Ids:
         """The ids that the last `num_replies` messages add after the policy's own end token, up to its next turn.
@@ -56,7 +59,7 @@ class LanguageModel:
         opened = self._text(talk, opened=True)
         if not opened.startswith(said):
             raise DataError(f"model {self.source!r}: its chat template rewrites earlier turns; it cannot play several turns")
-        return self._ids(opened[len(said) :])
+        return self._ids(opened[len(said) :])[0]
 
     def tokenize(self, episode: Episode) -> Episode:
         """Fill `seen` and `did` of a demonstration's turns: `seen` as sampling would show it, `did` up to the end token.
@@ -66,13 +69,14 @@ class LanguageModel:
         as they are when the policy plays. Raises DataError where a turn cannot be told apart, or the prompt has no token.
         """
         text, spans = self._marked(episode) if self._has_markers else self._added(episode)
-        turns: list[Turn] = []
-        start = 0
-        for turn, (begin, end) in zip(episode.turns, spans, strict=True):
-            seen = self._ids(text[start:begin]) if turns else self._prompt(text[:begin])
-            did = self._ids(text[begin:end])
-            turns.append(Turn(seen, did, NO_LOGP, said=turn.said, replies=turn.replies, agent=turn.agent))
-            start = end
+        edges = [0, *(edge for span in spans for edge in span)]
+        parts = self._ids(*(text[begin:end] for begin, end in itertools.pairwise(edges)))
+        turns = [
+            Turn(seen, did, NO_LOGP, said=turn.said, replies=turn.replies, agent=turn.agent)
+            for turn, seen, did in zip(episode.turns, parts[::2], parts[1::2], strict=True)
+        ]
+        if turns:
+            self._check_prompt(turns[0].seen)
         return Episode(episode.task, episode.group, turns, episode.status, label=episode.label, info=episode.info)
 
     def _added(self, episode: Episode) -> tuple[str, list[Span]]:
@@ -152,18 +156,18 @@ class LanguageModel:
         """The special token that closes an assistant's turn: the chat template's, else the tokenizer's own."""
         probe = "0123456789"
         text = self._text([Message("user", "?"), Message("assistant", probe)], opened=False)
-        tail = self._ids(text[text.rindex(probe) + len(probe) :]).tolist()
-        special = [i for i in tail if i in self.tokenizer.added_tokens_decoder]
+        (tail,) = self._ids(text[text.rindex(probe) + len(probe) :])
+        special = [i for i in tail.tolist() if i in self.tokenizer.added_tokens_decoder]
         return cast(str, self.tokenizer.convert_ids_to_tokens(special[0]) if special else self.tokenizer.eos_token)
 
-    def _prompt(self, text: str) -> Ids:
-        ids = self._ids(text)
+    def _check_prompt(self, ids: Ids) -> None:
         if not len(ids):
             raise DataError(f"model {self.source!r}: an empty prompt; the first token of an answer needs one before it")
-        return ids
 
-    def _ids(self, text: str) -> Ids:
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+    def _ids(self, *texts: str) -> list[Ids]:
+        """Each text by itself, special tokens as they are written."""
+        found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [np.asarray(ids, np.int64) for ids in found]
 
     def decode(self, ids: Ids) -> str:
         """The text of the ids, without special tokens."""

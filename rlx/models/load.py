@@ -99,7 +99,8 @@ def shrunken(component: Component[Model]) -> LanguageModel:
 def outline(component: Component[Model]) -> LanguageModel:
     """A model in its real size without its weights: tensors on torch's meta device have a shape and no memory."""
     settings = {**component.settings, "device": "meta"}
-    return tiny(**settings) if component.name == "tiny" else unread(**settings)
+    with torch.device("meta"):
+        return tiny(**settings) if component.name == "tiny" else unread(**settings)
 
 
 def unread(
@@ -124,7 +125,7 @@ def unread(
             text.num_hidden_layers = layers
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[:layers]
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -149,13 +150,14 @@ def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     where = place(path)
+    advice = "save one beside the model with tokenizer.save_pretrained(DIR)"
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(
-            f"model {path!r}: no tokenizer could be loaded ({first_line(error)}); "
-            "save one beside the model with tokenizer.save_pretrained(DIR)"
-        ) from error
+        raise ConfigError(f"model {path!r}: no tokenizer could be loaded ({first_line(error)}); {advice}") from error
+    if not tokenizer.encode("1", add_special_tokens=False):  # without its files, transformers makes an empty one
+        raise ConfigError(f"model {path!r}: no tokenizer could be loaded (it has no vocabulary); {advice}")
+    return tokenizer
 
 
 def finish(

@@ -64,7 +64,7 @@ def load_run(path: Path) -> Run:
     """The run directory `path`; files that are missing or half-written read as empty."""
     info = _json(_text(path / "run.json"))
     config = _yaml(path / "config.yaml")
-    declared = _mapping(config.get("stages"))
+    declared = {name: node for name, node in _mapping(config.get("stages")).items() if node is not None}
     found = sorted(file.parent.name for file in path.glob("*/metrics.jsonl"))
     names = [*declared, *(name for name in found if name not in declared)]
     return Run(path, info, config, [_stage(path / name, _mapping(declared.get(name))) for name in names])

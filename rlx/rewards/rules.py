@@ -99,3 +99,8 @@ def _overlong(num_tokens: int, limit: int, budget: int) -> float:
 def length(episodes: list[Episode], *, target: int | None = None, scale: float = 0.01) -> list[float]:
     """-scale * n without a target, else -scale * |n - target|; n: tokens of the completion."""
     return [-scale * abs(episode.num_tokens - (target or 0)) for episode in episodes]
+
+
+def constant(episodes: list[Episode], *, value: float) -> list[float]:
+    """`value` for every episode: the level of a reward model's scores, which says nothing about which answer is better."""
+    return [value for _ in episodes]

@@ -40,7 +40,7 @@ class Sources:
         """The weights alone."""
         from rlx.models.load import pretrained
 
-        if ref is None:
+        if ref is None or ref.stage == "model":
             made = self.model.call() if "seed" in self.model.settings else self.model.call(seed=self.seed)
             return cast("LanguageModel", made)
         path = ref.path

@@ -58,7 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def rlx(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     def call(command: str, *words: str) -> Result:
-        own = [] if command in ("eval", "report") else ["--recipes", "mine"]
+        no_recipes = command.startswith("-") or command in ("eval", "report") or "--recipes" in words
+        own = [] if no_recipes else ["--recipes", "mine"]
         monkeypatch.setattr(sys, "argv", ["rlx", command, *words, *own])
         capfd.readouterr()
         status: object = 0

@@ -25,7 +25,7 @@ CHECKED = {
     "seed": (["small", "seed=abc"], "seed: expected a whole number, got 'abc'"),
     "negative seed": (["small", "seed=-1"], "seed: expected at least 0, got -1"),
     "no steps": (["small", "stages.sft.steps=0"], "stages.sft.steps: expected at least 1, got 0"),
-    "rate": (["small", "stages.sft.lr=-1"], "stages.sft.lr: expected more than 0, got -1.0"),
+    "rate": (["small", "stages.sft.lr=-1"], "stages.sft.lr: expected 0 or more, got -1.0"),
     "limit": (["small", "stages.rl.eval.limit=0"], "stages.rl.eval.limit: expected at least 1, got 0"),
     "no loss": (["small", "stages.sft.loss=[]"], "stages.sft.loss: required; a stage without a loss trains nothing"),
     "stage": (["small", "stages.rl=5"], "stages.rl: expected a mapping with `kind`, got 5"),
@@ -64,8 +64,8 @@ CHECKED = {
     ),
     "cycle": (["small", "stages.sft.policy=@rl"], "stages: sft -> rl -> sft: each starts from the next, so none can run first"),
     "objective's stage": (
-        ["small", "objective=lr/eval/accuracy"],
-        "objective: 'lr/eval/accuracy' names no stage of the recipe; write stage/metric; did you mean 'rl'?",
+        ["small", "objective=sfft/loss"],
+        "objective: 'sfft/loss' names no stage of the recipe; write stage/metric; did you mean 'sft'?",
     ),
     "objective's metric": (
         ["small", "objective=rl/eval/acuracy"],
@@ -172,7 +172,7 @@ def test_reward_that_raises(rlx):
     Path("r.py").write_text("def score(episodes):\n    raise KeyError('gold')\n")
     result = rlx("train", "small", "stages.rl.reward=./r.py:score", "--trust", "./r.py", "run_dir=out")
     assert result.status == 2
-    assert result.err.startswith("rlx: stages.rl.reward: reward './r.py:score' raised KeyError: 'gold' (on the group of ")
+    assert result.err.startswith("rlx: stages.rl.reward: reward 'score' raised KeyError: 'gold' (on the group of ")
     assert len(result.err.splitlines()) == 1
 
 

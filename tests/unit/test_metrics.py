@@ -91,6 +91,8 @@ def test_lengths_and_truncation():
     assert metrics.length([[right], [wrong], [cut]]) == pytest.approx(20 / 3, abs=1e-12)
     assert metrics.wrong_length([[right, wrong], [cut]]) == 8.5
     assert math.isnan(metrics.wrong_length([[right]]))
+    assert metrics.excess_length([[right, wrong], [cut]]) == 8.5 - right.num_tokens
+    assert math.isnan(metrics.excess_length([[right]]))
     assert metrics.truncated([[right, wrong], [cut, right]]) == 0.25
 
 

@@ -187,7 +187,7 @@ def test_intervals_that_overlap_are_said_to():
 def test_sweep_table(sweep):
     text = tables.sweep_table(sweep, "rl/eval/accuracy")
     assert max(map(len, text.splitlines())) <= 100
-    assert text.splitlines()[2] == ("0    finished  seed=0 stages.rl.lr=3e-4 model=tiny            94.6 %  3 min 23 s")
+    assert text.splitlines()[2] == ("0    finished  seed=0 stages.rl.lr=3e-4            94.6 %  3 min 23 s")
     assert "10 failed: RuntimeError: loss is nan\n" in text
     assert text.endswith(
         "settings: mean +- 95 % interval over seeds\n"

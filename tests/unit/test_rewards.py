@@ -119,3 +119,7 @@ def test_soft_overlong_refuses_a_budget_outside_the_limit(budget):
 def test_length():
     np.testing.assert_allclose(rules.length(lengths(0, 50)), [0.0, -0.5], rtol=0, atol=1e-12)
     np.testing.assert_allclose(rules.length(lengths(8, 13), target=10, scale=0.1), [-0.2, -0.3], rtol=0, atol=1e-12)
+
+
+def test_constant_is_the_same_for_every_episode():
+    assert rules.constant([episode("1"), episode("22")], value=5.0) == [5.0, 5.0]

@@ -6,6 +6,8 @@ import ast
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -44,7 +46,7 @@ build
 plan
 compose
 stages
-check memory
+check memory probes
 first_batch run
 claims
 reproduce
@@ -179,3 +181,29 @@ def test_an_installed_wheel_finds_its_configs_and_recipes(tmp_path: Path) -> Non
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
     )
     assert done.stdout.split() == [str(tmp_path / "site" / "rlx" / "_shipped" / "recipes"), "grpo_math"]
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The code blocks of a Markdown page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_commands_and_files_of_the_readme_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_recipes").mkdir()
+    for text in [*fenced(readme, "python"), *fenced(readme, "yaml")]:
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
+    (tmp_path / "capitals.jsonl").write_text(fenced(readme, "json")[0], encoding="utf-8")
+    lines = "".join(fenced(readme, "bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines]
+    bound = 0
+    for name, *words in commands:
+        if name not in ("train", "check", "show", "reproduce") or "-m" in words:
+            continue
+        trust = [words.pop(i + 1) for i, word in enumerate(words) if word == "--trust"]
+        extra = [Path(words.pop(i + 1)) for i, word in enumerate(words) if word == "--recipes"]
+        composed = compose([word for word in words if not word.startswith("--")], *extra)
+        plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given)
+        bound += 1
+    assert bound >= 10

@@ -160,7 +160,8 @@ def test_unfinished_answer_is_continued() -> None:
 
 
 def test_template_that_marks_nothing_trains_on_nothing() -> None:
-    template = "{% for message in messages %}{{ message['content'] }}{% if false %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+    unreached = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}" + unreached
     made = policy(template).tokenize(demo([user("a")], bot("b")))
     assert made.num_tokens == 0
 
