@@ -213,24 +213,26 @@ def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: boo
     print(json.dumps(rows) if as_json else table)
 
 
-def reproduce(arguments: list[str], extra: Path | None, *, seeds: str, paper: bool, out: Path, jobs: int) -> int:
+def reproduce(arguments: list[str], extra: Path | None, *, seeds: str, paper: bool, out: Path | None, jobs: int) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
     from rlx.claims import EXIT_STATUS, claim_of
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
 
-    composed = compose(arguments, extra)
+    given = words(arguments)
+    changes = [word for word in given if not word.startswith("recipe=")]
+    slug = next((w.removeprefix("recipe=").removeprefix("paper/") for w in given if w.startswith("recipe=")), "")
+    composed = compose([f"recipe={'paper/' if paper else ''}{slug}", *changes] if slug else changes, extra)
     config = composed.config
-    slug = config["recipe"].removeprefix("paper/")
     claim = claim_of(config)
-    if paper:
-        published = compose([f"recipe=paper/{slug}", *[a for a in words(arguments) if not a.startswith("recipe=")]], extra)
-        config = published.config
     plan(config, swapped=composed.swapped, given=composed.given)
     chosen = [int(s) for s in seeds.split(",")] if seeds else claim.seeds
-    root = Path("runs") / "reproduce" / (f"paper-{slug}" if paper else slug)
+    name = f"paper-{slug}" if paper else slug
+    root = Path("runs") / "reproduce" / name
     result = run_claim(config, claim, root, seeds=chosen, jobs=jobs)
-    page, text = record(result, config, out, command=sys.argv, slug=f"paper-{slug}" if paper else slug)
+    # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
+    folder = out or (root if changes else Path("docs") / "results")
+    page, text = record(result, config, folder, command=sys.argv, slug=name)
     print(text)
     print(f"result: {page}   runs: {root / 'runs'}")
     return EXIT_STATUS[result.verdict]

@@ -190,7 +190,10 @@ def reproduce(
     paper: Annotated[
         bool, typer.Option("--paper", help="Run at the published settings, beside the published figures.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where the result is written.")] = Path("docs/results"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the result is written (default: docs/results; with changed settings beside the runs)."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time (0: as many as there are cores).")] = 0,
     recipes: Recipes = None,
 ) -> None:

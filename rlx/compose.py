@@ -298,17 +298,22 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if isinstance(value, dict | list):
                 cap(value, f"{path}.{key}")
-            elif key in caps and isinstance(value, int) and value > caps[key]:
-                node[key] = caps[key]
-                notices.append(f"{path}.{key}: {value} -> {caps[key]} (scale={config.get('scale')})")
+            elif (size := str(key).rpartition(".")[2]) in caps and isinstance(value, int) and value > caps[size]:
+                node[key] = caps[size]
+                notices.append(f"{path}.{key}: {value} -> {caps[size]} (scale={config.get('scale')})")
 
     stages = config.get("stages")
     stages = stages if isinstance(stages, dict) else {}
     cap(stages, "stages")
-    for key, value in (caps.get("all") or {}).items():
-        for stage in stages.values():
-            if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
+    told = len(notices)
+    claim = config.get("claim")
+    for key in ("common", "arms"):  # what a claim's arms change is held to the same sizes, without a word
+        cap(claim.get(key) or {} if isinstance(claim, dict) else {}, f"claim.{key}")
+    for stage in stages.values():
+        unset = (caps.get("unset") or {}).get(stage.get("kind"), {}) if isinstance(stage, dict) else {}
+        for key, value in unset.items():
+            stage.setdefault(key, value)
+        if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
+            for key, value in ((caps.get("unset") or {}).get("evaluate") or {}).items():
                 stage["eval"].setdefault(key, value)
-            if isinstance(stage, dict) and stage.get("kind") == "evaluate":
-                stage.setdefault(key, value)
-    return notices
+    return notices[:told]

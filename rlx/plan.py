@@ -40,7 +40,7 @@ KEYS: dict[str, Any] = {
     "scale": str,
 }
 
-# Settings of stages that are at least 1, and those that are not below 0 (a rate of 0 measures a frozen policy).
+# Settings of stages that are at least 1; a temperature is more than 0, and a rate of 0 measures a frozen policy.
 COUNTS = {
     "steps",
     "rows_per_step",
@@ -56,7 +56,6 @@ COUNTS = {
     "log_every",
     "samples_every",
 }
-RATES = {"lr", "temperature"}
 
 
 @dataclass
@@ -158,11 +157,12 @@ def bind_stage(binder: Binder, name: str, node: Any) -> Any:
 def sizes(node: Any) -> list[str]:
     """Settings of a stage, and of its `eval`, that are too small to mean anything."""
     values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-    found = [
-        f"{key}: expected {'at least 1' if key in COUNTS else '0 or more'}, got {value}"
-        for key, value in values.items()
-        if (key in COUNTS and value is not None and value < 1) or (key in RATES and value < 0)
-    ]
+    given = {key: value for key, value in values.items() if value is not None}
+    found = [f"{key}: expected at least 1, got {value}" for key, value in given.items() if key in COUNTS and value < 1]
+    if given.get("lr", 0.0) < 0:
+        found.append(f"lr: expected 0 or more, got {given['lr']}")
+    if given.get("temperature", 1.0) <= 0:
+        found.append(f"temperature: expected more than 0, got {given['temperature']}")
     if values.get("loss") == []:
         found.append("loss: required; a stage without a loss trains nothing")
     if dataclasses.is_dataclass(values.get("eval")):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def reproduce(
 ) -> Result:
     """Tune every arm alike, run every arm on every seed, decide; add seeds while the verdict is inconclusive."""
     jobs = jobs or os.cpu_count() or 1
+    shutil.rmtree(root / "runs", ignore_errors=True)  # links to stages, made anew below
     tuned, tried = tune(config, claim, root, jobs)
     used = list(seeds)
     while True:
@@ -69,8 +71,7 @@ def reproduce(
             break
         used.append(max(used) + 1)
         print(f"inconclusive at {len(used) - 1} seeds; adding seed {used[-1]}", flush=True)
-    spent = sum(seconds_of(folder) for folder in (root / "stages").iterdir() if (folder / "seconds").is_file())
-    return Result(claim, result, found, used, runs, tuned, tried, spent)
+    return Result(claim, result, found, used, runs, tuned, tried, core_seconds(root))
 
 
 def tune(
@@ -253,6 +254,12 @@ def spent(run: Run) -> dict[str, float]:
             totals["rollouts"] += sum(float(row.get("episodes") or 0.0) for row in rows)
             totals["tokens"] += sum(float(row.get("tokens") or 0.0) for row in rows)
     return totals
+
+
+def core_seconds(root: Path) -> float:
+    """What the stages behind the runs of this claim took, each counted once, on one core each."""
+    behind = {stage.resolve().parent for run in (root / "runs").iterdir() for stage in run.iterdir() if stage.is_symlink()}
+    return sum(seconds_of(folder) for folder in behind)
 
 
 def seconds_of(folder: Path) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlx.claims import METHOD, value_at
+from rlx.claims import value_at
 from rlx.report.result import curve_data, curves, write_result
 from rlx.report.tables import mean_interval
 from rlx.reproduce import Result, spent
@@ -40,13 +40,13 @@ def stages(result: Result, metric: str) -> list[Any]:
 
 def heading(result: Result, config: Mapping[str, Any]) -> list[str]:
     """Settings, claim and verdict; the first line says whether this is the stand-in."""
-    name = config["recipe"]
+    name, paper, scale = config["recipe"], config.get("paper") or {}, config.get("scale", "none")
     kind = "published settings" if name.startswith("paper/") else "stand-in"
-    title = (config.get("paper") or {}).get("title", name)
+    title = f"{paper['title']} ({paper['year']}). " if paper else ""
     return [
-        f"# {name} ({kind})",
+        f"# {name} ({kind}{'' if scale == 'none' else f', scale={scale}: says nothing about the claim'})",
         "",
-        f"{title}. Claim: {result.claim.says}.",
+        f"{title}Claim: {result.claim.says}.",
         "",
         f"**Verdict: {result.verdict}** ({len(result.seeds)} seeds: {', '.join(map(str, result.seeds))})",
     ]
@@ -79,8 +79,7 @@ def arms(result: Result) -> list[str]:
             except ValueError:
                 cells.append("-")
         total = spent(result.runs[arm, result.seeds[0]])
-        label = f"{arm} (the paper's)" if arm == METHOD else arm
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
     return [*lines, "", "Last values unless said otherwise; mean and half-width of the 95 % interval over seeds."]
 
 

@@ -37,8 +37,8 @@ def arithmetic(
     each; `train` holds both orders of all other pairs, shuffled. The split `demos` has one demonstration for each
     training problem (the first `demos` of them): the digits of the sum, but with probability `error_rate` on problems
     with a carry, every carry dropped (`drop_carries`). meta: `carry`, and in demonstrations `correct`.
-    With `filler`, a demonstration goes on after its answer for up to so many dots (as many as 0 to `filler`, equally likely),
-    which never help: length without a reason. Everything is a function of the settings; `data_seed` draws the splits and the errors.
+    With `filler`, a demonstration goes on after its answer for up to so many dots (0 to `filler`, equally likely), which
+    never help: length without a reason. Everything is a function of the settings; `data_seed` draws splits and errors.
 
     Raises ConfigError: a setting out of range.
     """

@@ -30,7 +30,7 @@ from rlx.types import (
 
 @dataclass(kw_only=True)
 class Fit:
-    """Steps of `rows_per_step` rows, each epoch in an order that depends on the seed alone."""
+    """Steps of `rows_per_step` rows, each epoch in an order that depends on the seed alone; `limit` takes the first rows."""
 
     data: DataRef
     loss: list[Component[LossTerm]]
@@ -43,6 +43,7 @@ class Fit:
     optim: Component[Optim] = Component("adamw", optim.adamw)
     token_budget: int = 16384
     max_length: int | None = None
+    limit: int | None = None
     watch: list[Component[Watch]] = field(default_factory=list)
     eval: Eval | None = None
     log_every: int = 10
@@ -63,7 +64,7 @@ class Fit:
         reference = ctx.policy(self.reference) if "ref_logp" in reads(self.loss, self.watch) else None
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)
-        rows = tokenized(ctx.data(self.data), policy, self.max_length, f"stages.{ctx.name}.data")
+        rows = tokenized(ctx.data(self.data, self.limit), policy, self.max_length, f"stages.{ctx.name}.data")
         batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
         metrics: dict[str, float] = {}
         if self.eval is not None:

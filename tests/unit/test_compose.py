@@ -80,7 +80,7 @@ def test_a_sweep_takes_several_values_and_hydras_settings(mine):
 def test_caps_hold_every_stage_and_say_so():
     config = {
         "scale": "smoke",
-        "caps": {"steps": 2, "all": {"limit": 4}},
+        "caps": {"steps": 2, "unset": {"evaluate": {"limit": 4}}},
         "stages": {"a": {"steps": 9, "eval": {"every": 1}}, "b": {"steps": 1, "kind": "evaluate"}},
     }
     assert apply_caps(config) == ["stages.a.steps: 9 -> 2 (scale=smoke)"]

@@ -62,7 +62,7 @@ def test_a_watch_takes_what_it_leaves_unset_from_the_loss():
         ("task", None, "stages.test.data: '@task/test' needs a task, and the recipe has none; give task=NAME"),
         ("stages", {}, "stages: a recipe needs at least one stage"),
         ("stages", 3, "stages: expected a mapping, got 3"),
-        ("stages.rl.temperature", -1, "stages.rl.temperature: expected 0 or more, got -1.0"),
+        ("stages.rl.temperature", -1, "stages.rl.temperature: expected more than 0, got -1.0"),
         ("stages.rl.eval.samples", 0, "stages.rl.eval.samples: expected at least 1, got 0"),
         ("stages.sft.policy", "@test", "stages: test -> rl -> sft -> test: each starts from the next, so none can run first"),
         ("stages.sft.policy", "@sft", "stages: sft -> sft: each starts from the next, so none can run first"),
