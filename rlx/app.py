@@ -9,19 +9,14 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
 from rlx.plan import Plan, plan
+from rlx.report.read import JOBS, job_run
 from rlx.types import ConfigError
-
-if TYPE_CHECKING:
-    from rlx.report.read import Run
-
-# In a sweep's directory: one line for each job that ended.
-JOBS = "jobs.jsonl"
 
 
 def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple[Composed, Plan]:
@@ -138,18 +133,6 @@ def ended(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def job_run(root: Path, job: dict[str, Any]) -> Run:
-    """A job as a run for the table; where it failed before its own run began, a run that holds nothing but that."""
-    from rlx.report.read import Run, load_run
-
-    path = root / str(job["job"])
-    run = load_run(path)
-    if run.info and (job["exit"] == 0) == (run.info.get("status") == "finished"):
-        return run
-    told = {"status": "failed", "overrides": job["overrides"], "error": "before its run began; its message is above"}
-    return Run(path, told, {}, [])
-
-
 def check(arguments: list[str], extra: Path | None, trust: list[str], *, every: bool, first_batch: bool) -> None:
     """Bind, call every component on a generated batch, print the order; with `first_batch`, look at real data."""
     from rlx.check import components, order
@@ -160,6 +143,7 @@ def check(arguments: list[str], extra: Path | None, trust: list[str], *, every: 
     _, made = planned(arguments, extra, trust)
     if found := components(made):
         raise ConfigError("\n".join(found))
+    claim_if_any(made.config, trust)
     for line in order(made):
         print(line)
     if first_batch:
@@ -181,7 +165,7 @@ def check_all(arguments: list[str], extra: Path | None, trust: list[str]) -> Non
             composed = compose([f"recipe={name}", *arguments], extra)
             made = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given)
             wrong += [f"{name}: {line}" for line in components(made)]
-            claim_if_any(composed.config)
+            claim_if_any(made.config, trust)
         except ConfigError as error:
             wrong += [f"{name}: {line}" for line in str(error).splitlines()]
     if wrong:
@@ -189,7 +173,7 @@ def check_all(arguments: list[str], extra: Path | None, trust: list[str]) -> Non
     print(f"ok: {len(known)} recipes")
 
 
-def claim_if_any(config: dict[str, Any]) -> None:
+def claim_if_any(config: dict[str, Any], trust: Sequence[str] = ()) -> None:
     """Check a recipe's claim, where it makes one: its keys, and that every arm binds."""
     from rlx.claims import claim_of
     from rlx.reproduce import arm_config
@@ -198,7 +182,7 @@ def claim_if_any(config: dict[str, Any]) -> None:
         claim = claim_of(config)
         for arm in claim.names:
             for setting in claim.settings():
-                plan(arm_config(config, claim, arm, setting, 0))
+                plan(arm_config(config, claim, arm, setting, 0), trusted=trust)
 
 
 def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: bool) -> None:
@@ -213,9 +197,19 @@ def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: boo
     print(json.dumps(rows) if as_json else table)
 
 
-def reproduce(arguments: list[str], extra: Path | None, *, seeds: str, paper: bool, out: Path | None, jobs: int) -> int:
+def reproduce(
+    arguments: list[str],
+    extra: Path | None,
+    trust: list[str],
+    *,
+    seeds: str,
+    paper: bool,
+    out: Path | None,
+    jobs: int,
+    long: bool,
+) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
-    from rlx.claims import EXIT_STATUS, claim_of
+    from rlx.claims import EXIT_STATUS, MINUTES, claim_of, seed_problems
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
 
@@ -223,16 +217,25 @@ def reproduce(arguments: list[str], extra: Path | None, *, seeds: str, paper: bo
     changes = [word for word in given if not word.startswith("recipe=")]
     slug = next((w.removeprefix("recipe=").removeprefix("paper/") for w in given if w.startswith("recipe=")), "")
     composed = compose([f"recipe={'paper/' if paper else ''}{slug}", *changes] if slug else changes, extra)
-    config = composed.config
-    claim = claim_of(config)
-    plan(config, swapped=composed.swapped, given=composed.given)
-    chosen = [int(s) for s in seeds.split(",")] if seeds else claim.seeds
+    claim = claim_of(composed.config)
+    config = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given).config
+    if claim.minutes > MINUTES and not long:
+        raise ConfigError(f"this claim takes up to {claim.minutes} minutes on two cores: `make claims` runs it, or --long")
+    chosen = whole_numbers(seeds) if seeds else claim.seeds
     name = f"paper-{slug}" if paper else slug
     root = Path("runs") / "reproduce" / name
-    result = run_claim(config, claim, root, seeds=chosen, jobs=jobs)
+    result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
-    folder = out or (root if changes else Path("docs") / "results")
-    page, text = record(result, config, folder, command=sys.argv, slug=name)
+    folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
+    page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
     print(text)
     print(f"result: {page}   runs: {root / 'runs'}")
     return EXIT_STATUS[result.verdict]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """`0,1,2`. Raises ConfigError for anything but different whole numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--seeds {text}: expected different whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]

@@ -45,6 +45,8 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
 # Settings that name a file or a folder, or else something on the hub.
 FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",), "reward": ("path",)}
 SUFFIXES = (".jsonl", ".parquet", ".csv")
+# `pass@8` is a name and a number; an @ in the path of a file of the user's is not.
+NUMBERED = re.compile(r"(.+)@(\w*)")
 # A list of known names longer than this is cut to the nearest dozen.
 MANY, NEAREST = 30, 12
 WORDS = {
@@ -61,15 +63,19 @@ WORDS = {
 class Binder:
     """Binds nodes and collects what is wrong with them.
 
-    `trusted` are the files and modules whose code the user allows to run; `swapped` are the paths whose component the
-    command line replaced, where keys inherited from the recipe that the new one does not take are dropped with a notice.
+    `trusted` are the files, modules and models whose code the user allows to run. `swapped` are the paths whose component
+    the command line replaced: there, keys that the new one does not take are dropped with a notice (their paths stand in
+    `dropped`), but for those at or below a path of `given`, which the user wrote. `provided` holds components that come
+    with this recipe, as (group, name); they stand before the catalogue's.
     """
 
     trusted: Sequence[str] = ()
     swapped: frozenset[str] = frozenset()
     given: frozenset[str] = frozenset()
+    provided: Mapping[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def component(self, group: str, node: Any, path: str) -> Any:
         """`name`, `name@8` or `{name: ..., key: value}` -> a Component, or None with the reasons in `errors`."""
@@ -83,14 +89,15 @@ class Binder:
         if name is None:
             self.errors.append(f"{path}.name: missing; which {group}? (known: {', '.join(CATALOGUE[group])})")
             return None
-        name, _, number = str(name).partition("@")
+        numbered_name = NUMBERED.fullmatch(str(name))
+        name, number = numbered_name.groups() if numbered_name else (str(name), None)
         target = self.locate(group, name, f"{path}.name")
         if target is None:
             return None
         reads, params = signature(target)
-        if number and number.isdigit():
-            node[next(iter(params), "k")] = int(number)
         before = len(self.errors)
+        if number is not None:
+            self.with_number(group, name, number, params, node, path)
         frame = {
             key: self.value(hint, node.pop(key), f"{path}.{key}")
             for key, hint in FRAMEWORK.get(group, {}).items()
@@ -99,6 +106,8 @@ class Binder:
         settings = self.keywords(f"{group} '{name}'", params, node, path, [*params, *FRAMEWORK.get(group, {})])
         if group in FILES:
             self.errors += [f"{path}.{line}" for key in FILES[group] for line in missing(key, settings.get(key))]
+        if settings.get("trust_remote_code") and not self.trusts(str(settings.get("path"))):
+            self.errors.append(f"{path}.trust_remote_code: {untrusted(settings.get('path'))}")
         if group == "derive" and "into" not in frame:
             self.errors.append(f"{path}.into: required; the field that {name!r} writes, such as reward")
         if len(self.errors) > before:
@@ -106,8 +115,19 @@ class Binder:
         read = frame.pop("read", {})
         if unknown := [key for key in read if key not in reads]:
             self.errors.append(f"{path}.read.{unknown[0]}: {group} {name!r} reads {', '.join(reads)}")
-        label = name.rpartition(":")[2] + (f"@{number}" if number else "")  # own code goes by its function's name
+        label = name.rpartition(":")[2] + (f"@{number}" if number is not None else "")  # own code goes by its function's name
         return t.Component(label, partial(target, **settings), tuple(read.get(r, r) for r in reads), settings=settings, **frame)
+
+    def with_number(
+        self, group: str, name: str, number: str, params: Mapping[str, Param], node: dict[str, Any], path: str
+    ) -> None:
+        """`pass@8` sets `k` of a component that has one."""
+        if "k" not in params:
+            self.errors.append(f"{path}.name: {group} {name!r} takes no number after an @")
+        elif not re.fullmatch("[1-9][0-9]*", number):
+            self.errors.append(f"{path}.name: '{name}@{number}': a whole number from 1 stands after the @, as in {name}@8")
+        else:
+            node["k"] = int(number)
 
     def record(self, cls: Any, what: str, node: Mapping[str, Any], path: str) -> Any:
         """A mapping -> the dataclass `cls`, field by field."""
@@ -126,7 +146,8 @@ class Binder:
             where = f"{path}.{key}"
             if key in params:
                 settings[key] = self.value(params[key].hint, value, where)
-            elif path in self.swapped and where not in self.given:
+            elif path in self.swapped and not self.was_given(where):
+                self.dropped.append(where)
                 self.notices.append(f"{where}: dropped, because {what} takes no {key!r}")
             else:
                 self.errors.append(f"{where}: {what} takes no {key!r}{hint(key, known)}")
@@ -159,7 +180,9 @@ class Binder:
             if not isinstance(value, Mapping):
                 self.errors.append(f"{path}: expected a mapping, got {value!r}")
                 return None
-            return self.record(hint_, f"`{path.rpartition('.')[2]}`", value, path)
+            last = path.rpartition(".")[2]
+            what = f"a {getattr(hint_, '__name__', last).lower()}" if last.isdecimal() else f"`{last}`"
+            return self.record(hint_, what, value, path)
         if origin is Literal:
             if value not in args:
                 self.errors.append(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
@@ -175,7 +198,11 @@ class Binder:
             if not isinstance(value, Mapping):
                 self.errors.append(f"{path}: expected a mapping, got {value!r}")
                 return None
-            return {k: self.value(args[1], v, f"{path}.{k}") if args else v for k, v in value.items() if v is not None}
+            return {
+                k: self.value(args[1], v, f"{path}.{k}") if args else v
+                for k, v in value.items()
+                if v is not None or args[1:] == (Any,)
+            }
         return self.scalar(hint_, value, path)
 
     def scalar(self, want: Any, value: Any, path: str) -> Any:
@@ -191,10 +218,11 @@ class Binder:
         """The first member that takes the value; if none does, what the first one says."""
         said: list[list[str]] = []
         for member in members:
-            trial = dataclasses.replace(self, errors=[], notices=[])
+            trial = dataclasses.replace(self, errors=[], notices=[], dropped=[])
             bound = trial.value(member, value, path)
             if not trial.errors:
                 self.notices += trial.notices
+                self.dropped += trial.dropped
                 return bound
             said.append(trial.errors)
         self.errors += said[0]
@@ -218,6 +246,8 @@ class Binder:
 
     def locate(self, group: str, name: str, path: str) -> Callable[..., Any] | None:
         """The function or class of a name. Code from outside the catalogue runs only where the user trusts it by name."""
+        if (group, name) in self.provided:
+            return self.provided[group, name]
         if name in CATALOGUE[group]:
             module, _, attr = CATALOGUE[group][name].partition(":")
             return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attr))
@@ -225,7 +255,7 @@ class Binder:
             self.errors.append(f"{path}: no {group} is called {name!r}{hint(name, CATALOGUE[group])}")
             return None
         module, _, attr = name.rpartition(":")
-        if module not in self.trusted and Path(module).resolve() not in [Path(p).resolve() for p in self.trusted]:
+        if not self.trusts(module):
             self.errors.append(f"{path}: {name!r} is code from outside rlx; to run it add --trust {module}")
             return None
         try:
@@ -237,6 +267,15 @@ class Binder:
         except Exception as error:  # the user's own module, at import: say what it raised, whatever it was
             self.errors.append(f"{path}: importing {module} raised {type(error).__name__}: {error}")
         return None
+
+    def trusts(self, name: str) -> bool:
+        """Whether the user allows the code of a file, a module or a model."""
+        return name in self.trusted or Path(name).resolve() in [Path(p).resolve() for p in self.trusted]
+
+    def was_given(self, path: str) -> bool:
+        """Whether the user wrote the value of a path, or one that holds it."""
+        parts = path.split(".")
+        return any(".".join(parts[: i + 1]) in self.given for i in range(len(parts)))
 
 
 @dataclass(frozen=True)
@@ -291,6 +330,11 @@ def load_module(module: str) -> Any:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def untrusted(model: Any) -> str:
+    """What to do where a model brings code that the user has not allowed."""
+    return f"would run code that comes with the model; to allow it add --trust {model}"
 
 
 def looks_local(path: str) -> bool:

@@ -38,6 +38,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "constant": "rlx.reduce:constant",
     },
     "reward": {
+        "verifier": "rlx.rewards.rules:verifier",
         "answer_match": "rlx.rewards.rules:answer_match",
         "format": "rlx.rewards.rules:format",
         "soft_overlong": "rlx.rewards.rules:soft_overlong",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,21 +49,39 @@ def components(plan: Plan) -> list[str]:
         derive, advantage = getattr(stage, "derive", []), getattr(stage, "advantage", [])
         names = {r for c in [*loss, *watch, *derive, *advantage] for r in c.reads} | {"logp"}
         batch = generated_batch(names & set(FIELDS))
-        try:
-            credit(batch, derive, advantage)
-            found += shapes(batch, [*(d.into for d in derive), *(["adv"] if advantage else [])], f"stages.{name}")
-            for term in loss:
-                found += gradient(batch, term, stage, f"stages.{name}.loss: {term.name!r}")
-            for w in watch:
-                found += finite(w.call(*(batch[r] for r in w.reads)), batch, f"stages.{name}.watch: {w.name!r}")
-        except ConfigError as error:
-            found.append(f"stages.{name}: {error}")
+        before, at = len(found), f"stages.{name}"
+        for d in derive:
+            found += attempt(f"{at}.derive: {d.name!r}", partial(derived, batch, d))
+        for a in advantage:
+            found += attempt(f"{at}.advantage: {a.name!r}", partial(value, batch, a))
+        if len(found) > before:  # the losses would read what these did not write
+            continue
+        credit(batch, [], advantage)
+        for term in loss:
+            found += attempt(f"{at}.loss: {term.name!r}", partial(gradient, batch, term, stage))
+        for w in watch:
+            found += attempt(f"{at}.watch: {w.name!r}", partial(value, batch, w))
     return found
 
 
-def shapes(batch: Batch, names: list[str], where: str) -> list[str]:
-    """Fields that derives and advantages wrote: (N,T) and finite."""
-    return [line for name in names for line in finite(batch[name], batch, f"{where}: field {name!r}")]
+def attempt(what: str, look: Callable[[str], list[str]]) -> list[str]:
+    """What `look` finds; a line where the component raises, whatever it is: it may be the user's own code."""
+    try:
+        return look(what)
+    except Exception as error:
+        said = str(error) if isinstance(error, ConfigError) else f"raised {type(error).__name__}: {error}"
+        return [f"{what} {said}"]
+
+
+def derived(batch: Batch, derive: Any, what: str) -> list[str]:
+    """One derive: the field that it writes is finite and has the right shape."""
+    credit(batch, [derive], [])
+    return finite(batch[derive.into], batch, f"{what}: field {derive.into!r}")
+
+
+def value(batch: Batch, component: Any, what: str) -> list[str]:
+    """One advantage or diagnostic: right shape, finite."""
+    return finite(component.call(*(batch[r] for r in component.reads)), batch, what)
 
 
 def finite(x: Tensor, batch: Batch, what: str) -> list[str]:
@@ -81,9 +101,9 @@ def gradient(batch: Batch, term: Any, stage: Any, what: str) -> list[str]:
     if found or not leaves:
         return found or [f"{what} reads nothing that the policy computes, so it trains nothing"]
     counts = Counts(float(batch["mask"].sum()), float(len(batch["mask"])))
-    value = reduced(term, fields, stage.reduce, counts)
+    total = reduced(term, fields, stage.reduce, counts)
     size = sum(
-        float(g.abs().sum()) for g in torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if g is not None
+        float(g.abs().sum()) for g in torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if g is not None
     )
     if not math.isfinite(size) or size == 0.0:
         found.append(f"{what} has gradient {size} on a batch of plausible numbers")

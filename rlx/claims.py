@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rlx.build import Binder
-from rlx.report.read import Run
-from rlx.report.tables import mean_interval
+from rlx.report.read import Run, lower_is_better, rows
 from rlx.types import ConfigError
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
@@ -25,11 +26,11 @@ At = Literal["first", "last", "best", "head", "tail", "mean", "growth"]
 
 @dataclass(kw_only=True)
 class Check:
-    """`metric` of `arm` minus that of `minus` (or divided by that of `per`), paired by seed, held against `min` or `max`.
+    """`metric` of `arm` minus `times` that of `minus`, paired by seed, held against `min` or `max`.
 
     `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, or tail
-    minus head (growth). `minus_metric` and `minus_at` default to `metric` and `at`. With neither `minus` nor `per` the value
-    itself is held against the bound.
+    minus head (growth). `minus_metric` and `minus_at` default to `metric` and `at`. Without `minus` the value itself is held
+    against the bound. "At most half of the control's" is `times: 0.5, max: 0`.
     """
 
     metric: str
@@ -38,7 +39,7 @@ class Check:
     minus: str | None = None
     minus_metric: str | None = None
     minus_at: At | None = None
-    per: str | None = None
+    times: float = 1.0
     min: float | None = None
     max: float | None = None
 
@@ -50,9 +51,7 @@ class Check:
                 if self.minus_metric is None and self.minus_at is None
                 else (f"{self.minus_metric or self.metric} ({self.minus_at or self.at}) of ")
             )
-            text += f" minus {other}{self.minus}"
-        if self.per is not None:
-            text += f" divided by {self.per}'s"
+            text += f" minus {'' if self.times == 1.0 else f'{self.times:g} x '}{other}{self.minus}"
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
         return f"{text} {' and '.join(bounds)}"
 
@@ -117,18 +116,23 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
     claim: Claim | None = binder.record(Claim, "a claim", node, "claim")
     if claim is not None:
         known = set(claim.names)
+        if not claim.checks:
+            binder.errors.append("claim.checks: at least one is needed to decide anything")
+        if METHOD in claim.arms:
+            binder.errors.append(f"claim.arms.{METHOD}: is the recipe itself; give the control another name")
+        binder.errors += [f"claim.tune.{key}: no value to try" for key, values in claim.tune.items() if not values]
         for i, check in enumerate(claim.checks):
-            for arm in (check.arm, check.minus, check.per):
+            for arm in (check.arm, check.minus):
                 if arm is not None and arm not in known:
                     binder.errors.append(f"claim.checks.{i}: no arm {arm!r} (known: {', '.join(claim.names)})")
             if check.min is None and check.max is None:
                 binder.errors.append(f"claim.checks.{i}: needs min or max")
+        present = [name for name, stage in config.get("stages", {}).items() if stage is not None]
         added = {path.split(".")[1] for path in claim.common if path.startswith("stages.")}
         for metric in claim.metrics:
-            if metric.partition("/")[0] not in {*config.get("stages", {}), *added}:
+            if metric.partition("/")[0] not in {*present, *added}:
                 binder.errors.append(f"claim: metric {metric!r} names no stage of the recipe")
-        if len(claim.seeds) < 3:
-            binder.errors.append(f"claim.seeds: at least 3 are run, got {claim.seeds}")
+        binder.errors += [f"claim.seeds: {line}" for line in seed_problems(claim, claim.seeds)]
         if claim.minutes > MOST_MINUTES:
             binder.errors.append(f"claim.minutes: at most {MOST_MINUTES}, got {claim.minutes}")
     if binder.errors or claim is None:
@@ -136,42 +140,44 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
     return claim
 
 
+def seed_problems(claim: Claim, seeds: Sequence[int]) -> list[str]:
+    """Why seeds are none to decide a claim on: too few, repeated, or those that its arms were tuned on."""
+    found = []
+    if len(set(seeds)) < 3:
+        found.append(f"at least 3 different ones are run, got {list(seeds)}")
+    if both := sorted(set(seeds) & set(claim.tune_seeds)):
+        found.append(f"{both} are the seeds that the arms are tuned on; take others")
+    return found
+
+
 def value_at(run: Run, metric: str, at: str) -> float:
-    """One number of one run's curve. Raises ConfigError where the run has no such metric."""
-    stage_name, _, key = metric.partition("/")
-    rows: list[float] = []
-    for stage in run.stages:
-        if stage.name == stage_name:
-            for row in stage.metrics:
-                policy = row.get("policy")
-                name = f"{policy}/" if policy else ""
-                if key.startswith(name) and isinstance(row.get(key.removeprefix(name)), int | float):
-                    rows.append(float(row[key.removeprefix(name)]))
-    if not rows:
-        raise ConfigError(f"claim: no run wrote the metric {metric!r} (in {run.path})")
-    tenth = max(1, math.ceil(len(rows) / 10))
-    head, tail = fmean(rows[:tenth]), fmean(rows[-tenth:])
-    pick = {"first": rows[0], "last": rows[-1], "best": max(rows), "mean": fmean(rows), "head": head, "tail": tail}
-    pick["growth"] = tail - head
-    return pick[at]
+    """One number of one run's curve; nan where it has none there, or the run has no such metric."""
+    curve = rows(run, metric)
+    if not curve:
+        return math.nan
+    tenth = max(1, math.ceil(len(curve) / 10))
+    head, tail = fmean(curve[:tenth]), fmean(curve[-tenth:])
+    best = min if lower_is_better(metric) else max
+    finite = [v for v in curve if not math.isnan(v)]
+    pick = {"first": curve[0], "last": curve[-1], "mean": fmean(curve), "head": head, "tail": tail, "growth": tail - head}
+    return pick[at] if at != "best" else best(finite, default=math.nan)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check over seeds: `values` in the order of the seeds, their mean and the half-width of its 95 % interval."""
+    """One check over seeds, in the order of the seeds: `values` are held against the bound, their mean decides.
+
+    `paired` are the plain differences between the two arms (empty without `minus`).
+    """
 
     check: Check
     values: list[float]
+    paired: list[float]
 
     @property
     def mean(self) -> float:
         """Mean over seeds."""
         return fmean(self.values)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % interval (Student's t); nan with one seed."""
-        return mean_interval(self.values)[1]
 
     @property
     def in_the_mean(self) -> bool:
@@ -180,37 +186,39 @@ class Outcome:
 
     @property
     def on_each_seed(self) -> bool:
-        """A paired difference has the claimed sign on every seed (or keeps within a bound that allows the other sign)."""
-        if self.check.minus is None and self.check.per is None:
-            return True
-        none = 0.0 if self.check.per is None else 1.0  # the difference, or the ratio, of two equal arms
-        low = None if self.check.min is None else min(self.check.min, none)
-        high = None if self.check.max is None else max(self.check.max, none)
-        return all(holds(v, low, high) for v in self.values)
+        """The paired difference has the claimed sign on every seed.
+
+        A bound that allows either sign ("not lower by more than 0.02") claims none, and is held in the mean alone.
+        """
+        low = 0.0 if self.check.min is not None and self.check.min >= 0 else None
+        high = 0.0 if self.check.max is not None and self.check.max <= 0 else None
+        return all(holds(v, low, high) for v in self.paired)
 
 
 def outcomes(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Sequence[int]) -> list[Outcome]:
     """Each check on each seed, arms paired by seed."""
     out = []
     for check in claim.checks:
-        values = []
+        values, paired = [], []
         for seed in seeds:
             value = value_at(runs[check.arm, seed], check.metric, check.at)
-            if check.minus is not None:
-                other = runs[check.minus, seed]
-                value -= value_at(other, check.minus_metric or check.metric, check.minus_at or check.at)
-            if check.per is not None:
-                value /= value_at(runs[check.per, seed], check.metric, check.at)
-            values.append(value)
-        out.append(Outcome(check, values))
+            if check.minus is None:
+                values.append(value)
+                continue
+            other = value_at(runs[check.minus, seed], check.minus_metric or check.metric, check.minus_at or check.at)
+            values.append(value - check.times * other)
+            paired.append(value - other)
+        out.append(Outcome(check, values, paired))
     return out
 
 
 def verdict(found: Sequence[Outcome]) -> Verdict:
     """Reproduced: every bound holds in the mean and every paired difference has its sign on each seed.
 
-    Not reproduced: a bound fails in the mean. Inconclusive: the rest.
+    Not reproduced: a bound fails in the mean. Inconclusive: the rest, and where a value could not be had (nan).
     """
+    if any(math.isnan(o.mean) for o in found):
+        return "inconclusive"
     if not all(o.in_the_mean for o in found):
         return "not reproduced"
     return "reproduced" if all(o.on_each_seed for o in found) else "inconclusive"
@@ -221,12 +229,18 @@ def holds(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def recorded_verdict(path: Path, code: str = "") -> str:
-    """What a result file says, and whether the code that made it has changed since."""
+def settings_hash(config: Mapping[str, Any]) -> str:
+    """A hash of what a claim is made of: a recorded verdict is of one recipe, not of what its file says later."""
+    decides = {k: config.get(k) for k in ("model", "task", "stages", "objective", "claim", "seed")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def recorded_verdict(path: Path, code: str, settings: str) -> str:
+    """What a result file says, and whether the code or the recipe that made it has changed since."""
     if not path.is_file():
         return "no result"
     text = path.read_text(encoding="utf-8")
     said = re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
-    made = re.search(r"code `([0-9a-f]+)`", text)
-    stale = "" if not code or (made and made.group(1) == code) else ", stale: the code has changed"
-    return (said.group(1) if said else "unreadable") + stale
+    stale = [what for what, now in (("code", code), ("settings", settings)) if f"{what} `{now}`" not in text]
+    changed = f", stale: other {' and '.join(stale)}" if stale else ""
+    return (said.group(1) if said else "unreadable") + changed

@@ -23,7 +23,11 @@ Overrides = Annotated[list[str], typer.Argument(metavar=WORDS, help="A recipe's 
 Recipes = Annotated[Path | None, typer.Option("--recipes", metavar="DIR", help="A folder with recipes of your own.")]
 Trust = Annotated[
     list[str] | None,
-    typer.Option("--trust", metavar="FILE", help="Allow code of your own that the config names (./my_reward.py)."),
+    typer.Option(
+        "--trust",
+        metavar="FILE|MODEL",
+        help="Allow code of your own that the config names (./my_reward.py), or that comes with a model.",
+    ),
 ]
 
 
@@ -194,8 +198,10 @@ def reproduce(
         Path | None,
         typer.Option(help="Where the result is written (default: docs/results; with changed settings beside the runs)."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes at a time (0: as many as there are cores).")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes at a time (0: one a core, or one a GPU).")] = 0,
+    long: Annotated[bool, typer.Option("--long", help="Also a claim that needs over 20 minutes on two cores.")] = False,
     recipes: Recipes = None,
+    trust: Trust = None,
 ) -> None:
     """Run a paper's claim against its controls: a verdict.
 
@@ -208,7 +214,8 @@ def reproduce(
     """
     from rlx import app as run
 
-    raise typer.Exit(run.reproduce(overrides, recipes, seeds=seeds, paper=paper, out=out, jobs=jobs))
+    status = run.reproduce(overrides, recipes, trust or [], seeds=seeds, paper=paper, out=out, jobs=jobs, long=long)
+    raise typer.Exit(status)
 
 
 @app.command()

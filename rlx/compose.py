@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,19 @@ class RecipeFile:
             raise ConfigError(f"{self.path}: a recipe is a mapping, got {type(node).__name__}")
         if "hydra" in node:
             raise ConfigError(f"{self.path}: `hydra:` is not for recipes")
-        if found := RESOLVER.search(text):
-            raise ConfigError(f"{self.path}: {found.group()!r} is a resolver; a recipe may only refer to its own keys")
+        if node.get("run_dir") is not None:
+            raise ConfigError(f"{self.path}: `run_dir` is for the command line (run_dir=DIR), not for recipes")
+        refuse_resolvers(node, self.path)
         return node
+
+
+def refuse_resolvers(node: Any, where: Path) -> None:
+    """Raises ConfigError where a key or a value calls a resolver."""
+    if isinstance(node, str) and (found := RESOLVER.search(node)):
+        raise ConfigError(f"{where}: {found.group()!r} is a resolver; a recipe may only refer to its own keys")
+    inside = itertools.chain(*node.items()) if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for part in inside:
+        refuse_resolvers(part, where)
 
 
 class Numbers(yaml.SafeLoader):
@@ -198,8 +208,38 @@ def compose(arguments: Sequence[str], extra: Path | None = None) -> Composed:
     header = {k: v for k, v in known[name].read().items() if k in HEADER}
     config = resolved({**full, **header, "recipe": name}, known[name].path)
     notices = apply_caps(config)
-    given = frozenset(t.lstrip("+~").partition("=")[0] for t in texts)
-    return Composed(config, list(arguments), frozenset(swapped(recipe_only, full)), given, notices)
+    given = frozenset(path for t in texts for path in given_paths(t))
+    changed = frozenset(swapped(recipe_only, full))
+    config["model"] = with_sizes(config.get("model"), given, swapped="model" in changed)
+    return Composed(config, list(arguments), changed, given, notices)
+
+
+def with_sizes(node: Any, given: Collection[str], *, swapped: bool) -> dict[str, Any]:
+    """The model with what conf/model says under its name; keys of its own win.
+
+    Sizes that a recipe or a scale gave to a model of conf/model mean nothing to the one that the user put in its place.
+    """
+    node = dict(node) if isinstance(node, Mapping) else {"name": node or "tiny"}
+    files = {path.stem: path for path in (CONF / "model").glob("*.yaml")}
+    presets = {name: yaml.load(path.read_text(encoding="utf-8"), Loader=Numbers) for name, path in files.items()}
+    name = str(node.get("name") or "tiny")
+    if name in presets:
+        return {**presets[name], **node, "name": presets[name]["name"]}
+    sizes = {key for preset in presets.values() for key in preset} - {"name"}
+    return {k: v for k, v in node.items() if not swapped or k not in sizes or f"model.{k}" in given}
+
+
+def given_paths(text: str) -> list[str]:
+    """The dotted paths whose values an override gives: of a mapping, which is merged, each of its own; of a list, the list."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    def paths(value: Any, path: str) -> list[str]:
+        if isinstance(value, dict) and value:
+            return [p for key, inside in value.items() for p in paths(inside, f"{path}.{key}")]
+        return [path]
+
+    override = OverridesParser.create().parse_override(text)
+    return paths(override.value(), text.lstrip("+~").partition("=")[0])
 
 
 def ancestors(name: str, known: Mapping[str, RecipeFile]) -> list[str]:
@@ -271,6 +311,7 @@ def resolved(config: dict[str, Any], source: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_resolvers(config, source)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:

@@ -11,7 +11,6 @@ from rlx.compose import Numbers
 from rlx.plan import plan
 from rlx.report.read import StageLog, load_run
 from rlx.report.tables import final_table
-from rlx.reproduce import put
 from rlx.run import run_stage, write_json
 from rlx.track import Lines, NoTracker
 from rlx.types import ConfigError
@@ -22,33 +21,56 @@ SETTINGS = ("metrics", "limit", "samples", "temperature", "max_new_tokens", "spl
 def measure(model: str, arguments: list[str], trust: list[str], scratch: Path) -> tuple[str, list[dict[str, Any]]]:
     """The table and the rows (policy, metrics, n) of one evaluation. Raises ConfigError."""
     config, policies = base(model)
+    outs = [path for path in policies.values() if path != model]  # a run's own: whoever trusts its model trusts these
     stage: dict[str, Any] = {"kind": "evaluate", "policies": policies, "metrics": ["accuracy"]}
     split = "test"
-    for text in arguments:
-        key, sign, value = text.partition("=")
-        if not sign:
-            raise ConfigError(f"{text!r}: expected key=value, such as task=gsm8k or limit=200")
-        parsed = yaml.load(value, Loader=Numbers)
+    given = settings(arguments)
+    if "task" in given:  # first: task.KEY is of the new task, wherever it stands
+        config["task"] = {"name": given.pop("task")}
+    for key, value in given.items():
         if key == "split":
-            split = str(parsed)
+            split = str(value)
         elif key in SETTINGS:
-            stage[key] = parsed
-        elif key == "task":
-            config["task"] = {"name": parsed}
+            stage[key] = value
         elif key == "seed" or key.startswith(("task.", "model.")):
-            put(config, key, parsed)
+            put(config, key, value)
         else:
             raise ConfigError(f"{key}: rlx eval takes task, task.KEY, model.KEY, seed, {', '.join(SETTINGS)}")
-    if not config.get("task"):
+    if not (config.get("task") or {}).get("name"):
         raise ConfigError("which task? Give task=NAME, such as task=gsm8k or task=arithmetic")
     config["stages"] = {"eval": {**stage, "data": f"@task/{split}"}}
-    made = plan(config, trusted=trust)
+    made = plan(config, trusted=[*trust, *outs])
     write_json(scratch / "run.json", {"recipe": f"eval {model}", "status": "finished", "seed": config["seed"]})
     (scratch / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     run_stage(made, "eval", scratch, display=Lines(), tracker=NoTracker())
     run = load_run(scratch)
     log: StageLog = run.stages[0]
     return final_table(run), [{k: v for k, v in row.items() if k not in ("step", "seconds")} for row in log.metrics]
+
+
+def settings(arguments: list[str]) -> dict[str, Any]:
+    """Words of the form key=value. Raises ConfigError."""
+    out = {}
+    for text in arguments:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"{text!r}: expected key=value, such as task=gsm8k or limit=200")
+        try:
+            out[key] = yaml.load(value, Loader=Numbers)
+        except yaml.YAMLError:
+            raise ConfigError(f"{text!r}: its value is not YAML") from None
+    return out
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path, making the mappings on the way. Raises ConfigError where something else stands there."""
+    *parents, last = path.split(".")
+    node = config
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}: {part} is {node!r}, which has no keys")
+    node[last] = value
 
 
 def base(model: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -61,6 +83,8 @@ def base(model: str) -> tuple[dict[str, Any], dict[str, str]]:
         if not policies:
             raise ConfigError(f"{model}: no stage of this run has finished, so there are no weights to measure")
         kept = {k: saved[k] for k in ("model", "task", "seed") if saved.get(k) is not None}
+        if isinstance(kept.get("task"), str):
+            kept["task"] = {"name": kept["task"]}
         return {"recipe": "eval", **kept}, policies
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{model}: holds neither a run (run.json) nor a model (config.json)")

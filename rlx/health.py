@@ -38,10 +38,9 @@ def _truncated(at: str, metrics: Metrics) -> str | None:
     share = _get(metrics, "truncated")
     if not share > TRUNCATED:
         return None
-    return (
-        f"{at}: {share:.0%} of the completions are cut at max_new_tokens; raise {at}.max_new_tokens "
-        f"(or add {{name: soft_overlong}} to {at}.reward)"
-    )
+    line = f"{at}: {share:.0%} of the completions are cut at max_new_tokens; raise {at}.max_new_tokens"
+    trained = "reward" in metrics  # an evaluate stage pays no reward
+    return f"{line} (or add {{name: soft_overlong, budget: TOKENS}} to {at}.reward)" if trained else line
 
 
 def _no_signal(at: str, window: Sequence[Metrics]) -> str | None:
@@ -79,8 +78,7 @@ def _gap(at: str, metrics: Metrics) -> str | None:
     if not gap > GAP:
         return None
     return (
-        f"{at}: the rollout's log-probabilities differ from the training model's by up to {gap:.3g} nats; "
-        "set model.dtype to float32, or rollout=native if another engine samples"
+        f"{at}: the rollout's log-probabilities differ from the training model's by up to {gap:.3g} nats; set model.dtype=fp32"
     )
 
 

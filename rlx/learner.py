@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlx.optim import factor
-from rlx.types import Batch, Component, Counts, LossTerm, Policy, Reduce, Watch
+from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,16 @@ class Update:
     @property
     def wants(self) -> set[str]:
         """The fields that the policy's forward has to compute."""
-        return {"logp"} | {name for c in [*self.loss, *self.watch] for name in c.reads}
+        return {"logp"} | self._reads
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a term compares the sequences of a group: then no group is cut by minibatches or the token budget."""
+        return "group" in self._reads
+
+    @property
+    def _reads(self) -> set[str]:
+        return {name for c in [*self.loss, *self.watch] for name in c.reads}
 
 
 class NonFinite(RuntimeError):
@@ -53,6 +62,7 @@ class TorchLearner:
         self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
+        self.tokens = 0
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
         """Go `epochs` times through the batch in `minibatches` optimiser steps each; the metrics are means over them.
@@ -64,11 +74,13 @@ class TorchLearner:
         """
         shown: list[dict[str, Tensor]] = []
         rng = np.random.default_rng(seed)
+        together = blocks(batch, whole_groups=update.whole_groups)
         for _ in range(update.epochs):
-            order = rng.permutation(len(batch.rows)) if update.minibatches > 1 else np.arange(len(batch.rows))
+            order = rng.permutation(len(together)) if update.minibatches > 1 else np.arange(len(together))
             for part in np.array_split(order, min(update.minibatches, len(order))):
                 first = not shown
-                shown.append(self._optimise(batch.take(part.tolist()), update, check_gap=first and update.sampled))
+                chosen = [i for block in part.tolist() for i in together[block]]
+                shown.append(self._optimise(batch.take(chosen), update, check_gap=first and update.sampled))
         means = {
             name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
         }
@@ -81,7 +93,8 @@ class TorchLearner:
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
         parts = halves(batch) if update.grad_variance else [batch]
-        for i, unit in ((i, unit) for i, part in enumerate(parts) for unit in units(part, update.token_budget)):
+        cut = [(i, u) for i, p in enumerate(parts) for u in units(p, update.token_budget, whole_groups=update.whole_groups)]
+        for i, unit in cut:
             if i == 1 and not half:
                 half = [gradient(p).clone() for p in self.parameters]
             out = self.policy.forward(unit, update.wants, update.temperature)
@@ -118,13 +131,22 @@ class TorchLearner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        self.tokens += int(counts.tokens)
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
 
 
 def reduced(term: Component[LossTerm], fields: dict[str, Tensor], reduce: Component[Reduce], counts: Counts) -> Tensor:
-    """This part's share of one term: (N,T) by the stage's reduction (or the term's own), (N,) by the mean over sequences."""
+    """This part's share of one term: (N,T) by the stage's reduction (or the term's own), (N,) by the mean over sequences.
+
+    Raises ConfigError where a term of (N,) has a reduction of its own: there are no tokens to reduce over.
+    """
     x = term.call(*(fields[name] for name in term.reads))
     if x.dim() == 1:
+        if term.reduce is not None:
+            raise ConfigError(
+                f"loss {term.name!r} is one number for each sequence, averaged over sequences; "
+                f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
+            )
         return torch.where(fields["mask"].any(1), x, 0.0).sum() / counts.sequences
     return (term.reduce or reduce).call(x, fields["mask"], counts)
 
@@ -141,18 +163,31 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def units(batch: Batch, token_budget: int) -> Iterator[Batch]:
-    """Parts of at most `token_budget` padded tokens (at least one sequence), of similar length, so that little is padding."""
+def blocks(batch: Batch, *, whole_groups: bool) -> list[list[int]]:
+    """The sequences that stay together, as indices: those of a group, or each by itself."""
+    if not whole_groups:
+        return [[i] for i in range(len(batch.rows))]
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(batch["group"].tolist()):
+        members.setdefault(group, []).append(i)
+    return list(members.values())
+
+
+def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Iterator[Batch]:
+    """Parts of at most `token_budget` padded tokens, of similar length, so that little is padding.
+
+    A part has at least one sequence, or with `whole_groups` one group, however long that is.
+    """
     lengths = [len(row) for row in batch.rows]
     part: list[int] = []
     prompt = answer = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        wide, long = max(prompt, batch.starts[i]), max(answer, lengths[i] - batch.starts[i])
-        if part and (wide + long) * (len(part) + 1) > token_budget:
+    for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
+        wide, long = max(batch.starts[i] for i in block), max(lengths[i] - batch.starts[i] for i in block)
+        if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
             yield batch.take(part)
-            part, wide, long = [], batch.starts[i], lengths[i] - batch.starts[i]
-        part.append(i)
-        prompt, answer = wide, long
+            part, prompt, answer = [], 0, 0
+        part += block
+        prompt, answer = max(prompt, wide), max(answer, long)
     if part:
         yield batch.take(part)
 

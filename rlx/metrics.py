@@ -8,7 +8,6 @@ left out. A metric of nothing is nan.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -16,19 +15,6 @@ from rlx.rewards import answers
 from rlx.types import ConfigError, Episode, Status
 
 NAN = float("nan")
-
-
-def parse(name: str) -> tuple[str, dict[str, int]]:
-    """Return a metric's catalogue name and settings: `pass@8` -> ("pass_at", {"k": 8}); a name without @ is as it is.
-
-    Raises ConfigError if no positive whole number follows the @.
-    """
-    base, at, k = name.partition("@")
-    if not at:
-        return name, {}
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", k):
-        raise ConfigError(f"metric {name!r}: after the @ stands the number of samples, as in {base}@8")
-    return f"{base}_at", {"k": int(k)}
 
 
 def accuracy(greedy: list[list[Episode]]) -> float:

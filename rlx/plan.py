@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlx.build import Binder, hint, looks_local
+from rlx.build import Binder, hint, looks_local, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
-from rlx.types import Component, ConfigError, Model, Stage, TaskSource
+from rlx.types import Component, ConfigError, Episode, Model, ModelRef, Stage, TaskSource
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
 KEYS: dict[str, Any] = {
@@ -40,6 +40,10 @@ KEYS: dict[str, Any] = {
     "scale": str,
 }
 
+# A stage is a folder of the run and a part of dotted paths; `@model` and `@task/...` already mean something.
+STAGE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+RESERVED = {"model": "@model already means what the recipe starts from", "task": "@task already means the recipe's task"}
+
 # Settings of stages that are at least 1; a temperature is more than 0, and a rate of 0 measures a frozen policy.
 COUNTS = {
     "steps",
@@ -60,7 +64,7 @@ COUNTS = {
 
 @dataclass
 class Plan:
-    """What `rlx train` is about to do. `objective` is (stage, metric)."""
+    """What `rlx train` is about to do. `objective` is (stage, metric); `config` is without the keys that were dropped."""
 
     config: dict[str, Any]
     model: Component[Model]
@@ -86,6 +90,8 @@ def plan(
         binder.errors.append(f"seed: expected at least 0, got {config['seed']}")
     model = bind_model(binder, config.get("model", {"name": "tiny"}))
     task = bind_task(binder, config.get("task"))
+    if task is not None:
+        binder.provided = {("reward", "verifier"): verifier_of(task)}
     given_stages = config.get("stages") or {}
     nodes = {n: node for n, node in given_stages.items() if node is not None} if isinstance(given_stages, Mapping) else {}
     if not given_stages:
@@ -94,20 +100,35 @@ def plan(
     check_refs(binder, nodes, task, no_task=config.get("task") is None)
     order = in_order(binder, inputs)
     stages = {name: bind_stage(binder, name, nodes[name]) for name in order}
+    check_verifier(binder, stages, no_task=config.get("task") is None)
+    if model is not None and model.settings.get("trust_remote_code"):
+        check_trust(binder, stages)
     objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
-    return Plan(config, model, stages, task, objective, inputs, binder.notices)
+    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices)
+
+
+def without(config: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """A copy of the config in which the keys at some dotted paths are gone."""
+    kept = copy.deepcopy(config)
+    for path in paths:
+        *parents, last = path.split(".")
+        node: Any = kept
+        for part in parents:
+            if isinstance(node, list):
+                node = node[int(part)]
+            elif part in node:  # a component that stands for a list of one has position 0 without having a list
+                node = node[part]
+        node.pop(last, None)
+    return kept
 
 
 def bind_model(binder: Binder, node: Any) -> Any:
-    """`tiny`, a name of conf/model, a directory or a hub id."""
+    """A model of the catalogue, a directory or a hub id; the sizes of conf/model are in the config already."""
     node = dict(node) if isinstance(node, Mapping) else {"name": node}
     name = str(node.get("name") or "tiny")
-    preset = CONF / "model" / f"{name}.yaml"
-    if "/" not in name and preset.is_file():
-        node = {**yaml.safe_load(preset.read_text(encoding="utf-8")), **{k: v for k, v in node.items() if k != "name"}}
-    elif name not in CATALOGUE["model"]:
+    if name not in CATALOGUE["model"]:
         if not Path(name).expanduser().is_dir() and (looks_local(name) or "/" not in name):
             known = [*CATALOGUE["model"], *(p.stem for p in (CONF / "model").glob("*.yaml"))]
             binder.errors.append(
@@ -116,6 +137,7 @@ def bind_model(binder: Binder, node: Any) -> Any:
             )
             return None
         node = {"path": name, **node, "name": "pretrained"}
+    node["name"] = node.get("name") or name
     return binder.component("model", node, "model")
 
 
@@ -134,11 +156,43 @@ def bind_task(binder: Binder, node: Any) -> TaskSource | None:
     return source
 
 
+def verifier_of(task: TaskSource) -> Callable[[list[Episode]], list[float]]:
+    """The reward `verifier`: what says whether an answer is right when the task is tested also pays in training."""
+
+    def verifier(episodes: list[Episode]) -> list[float]:
+        return task.verifier(episodes)
+
+    return verifier
+
+
+def check_verifier(binder: Binder, stages: Mapping[str, Any], *, no_task: bool) -> None:
+    """The reward `verifier` (the catalogue's, not a function of the user's) needs a task."""
+    for name, stage in stages.items():
+        calls = [getattr(reward.call, "func", None) for reward in getattr(stage, "reward", []) if reward is not None]
+        if no_task and any(call.__module__ == "rlx.rewards.rules" and call.__name__ == "verifier" for call in calls if call):
+            binder.errors.append(f"stages.{name}.reward: the recipe has no task, so it has no verifier; give task=NAME")
+
+
+def check_trust(binder: Binder, stages: Mapping[str, Any]) -> None:
+    """Where the recipe's model brings code, each other directory or hub id that a stage loads brings its own."""
+    for name, stage in stages.items():
+        values = [] if stage is None else [(f.name, getattr(stage, f.name)) for f in dataclasses.fields(stage)]
+        for key, value in values:
+            for ref in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(ref, ModelRef) and ref.path and not binder.trusts(ref.path):
+                    binder.errors.append(f"stages.{name}.{key}: with model.trust_remote_code this {untrusted(ref.path)}")
+
+
 def bind_stage(binder: Binder, name: str, node: Any) -> Any:
     """One stage of the recipe, by its `kind`."""
     path = f"stages.{name}"
-    if name == "model":
-        binder.errors.append(f"{path}: @model already means what the recipe starts from; call the stage something else")
+    if name in RESERVED:
+        binder.errors.append(f"{path}: {RESERVED[name]}; call the stage something else")
+    elif not STAGE_NAME.fullmatch(str(name)):
+        binder.errors.append(
+            f"stages: {name!r}: a stage's name is made of letters, digits, '_', '-' and '.', and begins with no '.'"
+        )
+        return None
     if not isinstance(node, Mapping):
         binder.errors.append(f"{path}: expected a mapping with `kind`, got {node!r}")
         return None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlx.claims import value_at
+from rlx.claims import METHOD, settings_hash, value_at
 from rlx.report.result import curve_data, curves, write_result
 from rlx.report.tables import mean_interval
 from rlx.reproduce import Result, spent
-from rlx.run import code_hash, git_revision, hardware, versions
+from rlx.run import git_revision, hardware, versions
 
 
 def record(result: Result, config: Mapping[str, Any], out: Path, *, command: list[str], slug: str) -> tuple[Path, str]:
@@ -20,9 +21,11 @@ def record(result: Result, config: Mapping[str, Any], out: Path, *, command: lis
     plotted = [m for m in result.claim.metrics if any(len(s.metrics) > 1 for s in stages(result, m))]
     if plotted:
         curves(result.runs, plotted, out / f"{slug}.png")
-    summary = "\n".join([*heading(result, config), "", *checks(result), "", *arms(result)])
+    summary = "\n".join(
+        [*heading(result, config), "", *checks(result), "", *arms(result), "", *published(config, result)]
+    ).strip()
     sections = [summary, *(["", f"![Curves of every arm and seed]({slug}.png)"] if plotted else [])]
-    sections += ["", *tuning(result), *published(config, result), *provenance(result, command)]
+    sections += ["", *tuning(result), *provenance(result, config, command)]
     data = {
         "verdict": result.verdict,
         "seeds": result.seeds,
@@ -57,7 +60,15 @@ def checks(result: Result) -> list[str]:
     lines = ["| check | mean | 95 % interval | each seed | holds |", "|---|---|---|---|---|"]
     for o in result.outcomes:
         mean, half = mean_interval(o.values)
-        holds = "yes" if o.in_the_mean and o.on_each_seed else "in the mean only" if o.in_the_mean else "no"
+        holds = (
+            "no value"
+            if math.isnan(mean)
+            else "yes"
+            if o.in_the_mean and o.on_each_seed
+            else "in the mean only"
+            if o.in_the_mean
+            else "no"
+        )
         each = ", ".join(f"{v:.3f}" for v in o.values)
         lines.append(f"| {o.check} | {mean:.3f} | [{mean - half:.3f}, {mean + half:.3f}] | {each} | {holds} |")
     if result.claim.margins:
@@ -73,11 +84,8 @@ def arms(result: Result) -> list[str]:
     for arm in result.claim.names:
         cells = []
         for metric, at in columns:
-            try:
-                mean, half = mean_interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
-                cells.append(f"{mean:.3f} +- {half:.3f}")
-            except ValueError:
-                cells.append("-")
+            mean, half = mean_interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
+            cells.append("-" if math.isnan(mean) else f"{mean:.3f} +- {half:.3f}")
         total = spent(result.runs[arm, result.seeds[0]])
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
     return [*lines, "", "Last values unless said otherwise; mean and half-width of the 95 % interval over seeds."]
@@ -97,22 +105,28 @@ def tuning(result: Result) -> list[str]:
 
 
 def published(config: Mapping[str, Any], result: Result) -> list[str]:
-    """The paper's own figures, beside which a run at published settings stands."""
+    """The paper's own figures; beside them ours, where the row names the metric of the recipe that is theirs (`ours`)."""
     rows = config.get("published") or []
     if not rows:
         return []
-    lines = ["Published figures:", "", "| setting | metric | control | method | source |", "|---|---|---|---|---|"]
-    lines += [f"| {r['setting']} | {r['metric']} | {r.get('control', '-')} | {r['method']} | {r['source']} |" for r in rows]
+    lines = ["Published figures:", "", "| setting | metric | control | method | ours | source |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        ours = "-"
+        if r.get("ours"):
+            mean, half = mean_interval([value_at(result.runs[METHOD, s], r["ours"], "last") for s in result.seeds])
+            ours = f"{100 * mean:.1f} +- {100 * half:.1f}"
+        cells = [r["setting"], r["metric"], r.get("control", "-"), r["method"], ours, r["source"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return [*lines, ""]
 
 
-def provenance(result: Result, command: list[str]) -> list[str]:
+def provenance(result: Result, config: Mapping[str, Any], command: list[str]) -> list[str]:
     """How to run it again, and with what it was run."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return [
         f"Command: `{shlex.join(['rlx', *command[1:]])}` ({result.core_seconds:.0f} core-seconds, one thread a process; "
         f"{hardware().partition(',')[0]}).",
         "",
-        f"Made at {git_revision() or 'no revision'} by code `{code_hash()}` with {packages}. The values behind the plot are in "
-        "the JSON file of the same name.",
+        f"Made at {git_revision() or 'no revision'} by code `{result.code}`, settings `{settings_hash(config)}`, {packages}. "
+        "The values behind the plot are in the JSON file of the same name.",
     ]

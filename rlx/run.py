@@ -38,6 +38,11 @@ VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspee
 FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
 
 
+# A model with fewer weights than this is faster with one thread than with several: its matrices are so small that waking
+# the other threads costs more than they save, and on a machine that is busy elsewhere they wait for each other.
+SMALL = 10_000_000
+
+
 class Failed(RuntimeError):
     """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
 
@@ -74,6 +79,8 @@ def run(
         write_json(run_dir / "run.json", info)
 
     try:
+        choose_threads(plan)
+        info["hardware"] = hardware()
         with stoppable():
             for name in plan.stages:
                 current = name
@@ -129,14 +136,35 @@ def quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def choose_threads(plan: Plan) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    from rlx.memory import sizes
+    from rlx.models.load import outline
+
+    device = plan.model.settings.get("device", "auto")
+    on_cpu = not torch.cuda.is_available() if device == "auto" else device == "cpu"
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        quiet()
+        if sizes(outline(plan.model)).weights < SMALL:
+            torch.set_num_threads(1)
+
+
 def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
-    """One stage, unless it is done; its last metrics. An interrupt saves the weights of the moment as a checkpoint."""
+    """One stage, unless it is done; its last metrics. It starts without checkpoints: another config's are not to be found.
+
+    An interrupt saves the weights of the moment, for looking at; a stage that is taken up again starts from its beginning.
+    """
     folder = run_dir / name
     done = folder / "DONE"
     if done.is_file():
-        display.say(f"[{name}] done before; skipped")
-        summary: dict[str, float] = json.loads(done.read_text())["summary"]
-        return summary
+        record = read_json(done)
+        by = "" if record.get("code") == code_hash() else " by other code than this (delete its DONE to run it again)"
+        display.say(f"[{name}] done before{by}; skipped")
+        finished: dict[str, float] = record["summary"]
+        return finished
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     quiet()
     config = plan.config["stages"][name]
     display.say(f"[{name}] {plan.stages[name].describe()}")
@@ -151,17 +179,18 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         log=log,
         objective=key if stage == name else "",
     )
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     try:
         summary = plan.stages[name].run(ctx)
     except KeyboardInterrupt:
         if ctx.policy_in_training is not None and ctx.step:
-            ctx.checkpoint(f"step-{ctx.step:06d}", ctx.policy_in_training)
-            display.say(f"[{name}] interrupted; the weights of step {ctx.step} are in {folder / 'checkpoints'}")
+            ctx.checkpoint("interrupted", ctx.policy_in_training)
+            saved = folder / "checkpoints" / "interrupted"
+            display.say(f"[{name}] interrupted in step {ctx.step}; the weights of that moment are in {saved}")
         raise
     finally:
         log.close()
-    write_json(done, {"kind": config["kind"], "summary": summary})
+    write_json(done, {"kind": config["kind"], "summary": summary, "code": code_hash()})
     return summary
 
 
@@ -190,7 +219,7 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], s
         raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
     else:
         info = {}
-        saved.write_text(yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(saved, yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True))
     info |= {
         "recipe": plan.config["recipe"],
         "purpose": plan.config.get("purpose", ""),
@@ -248,11 +277,16 @@ def default_run_dir(recipe: str) -> Path:
     return next(p for i in range(1000) if not (p := base.with_name(f"{stamp}_{i}") if i else base).exists())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Written beside and renamed: a reader sees the old file or the new one."""
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, written whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, default=str))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -276,11 +310,15 @@ def git_revision() -> str | None:
     return head + (" (with local changes)" if ask("status", "--porcelain") else "")
 
 
+# Modules that only print: a result does not depend on them.
+PRINTS = ("cli.py", "show.py", "page.py", "plots.py", "result.py")
+
+
 def code_hash() -> str:
     """A hash of every source file of rlx but those that only print: two results with equal hashes come from the same code."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.parent.name == "report" or path.name in ("cli.py", "show.py"):
+        if path.name in PRINTS:
             continue
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -302,6 +340,6 @@ def hardware() -> str:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads" + "".join(
-        f", {name}" for name in devices
-    )
+    threads = torch.get_num_threads()
+    on = [platform.machine(), f"{os.cpu_count()} cores", f"{threads} torch thread{'s' if threads > 1 else ''}"]
+    return ", ".join([*on, *devices])

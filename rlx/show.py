@@ -26,18 +26,20 @@ def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, resu
     if not found:
         print("no recipe matches; `rlx list` shows all")
         return
+    found.sort(key=lambda pair: pair[0].family == "paper")  # what runs here first
     width = max(len(recipe.name) for recipe, _ in found)
     for recipe, node in found:
-        verdict = f"  [{recorded(recipe.name)}]" if results else ""
+        verdict = f"  [{recorded(recipe.name, extra)}]" if results else ""
         print(f"{recipe.name:{width}}  {node.get('purpose', '')}{verdict}")
 
 
-def recorded(name: str) -> str:
+def recorded(name: str, extra: Path | None) -> str:
     """The verdict in docs/results, and whether the code has changed since."""
-    from rlx.claims import recorded_verdict
+    from rlx.claims import recorded_verdict, settings_hash
     from rlx.run import code_hash
 
-    return recorded_verdict(Path("docs/results") / f"{name}.md", code_hash())
+    path = Path("docs/results") / f"{name.replace('/', '-')}.md"
+    return recorded_verdict(path, code_hash(), settings_hash(compose([name], extra).config) if path.is_file() else "")
 
 
 def show_recipe(arguments: list[str], extra: Path | None) -> None:
@@ -60,6 +62,7 @@ def show_recipe(arguments: list[str], extra: Path | None) -> None:
 def show_data(arguments: list[str], extra: Path | None, trust: list[str], num: int) -> None:
     """A few rows of every data set of the recipe, token by token: [trained] in brackets, ends visible."""
     from rlx.app import planned
+    from rlx.models.load import outline
     from rlx.run import quiet
     from rlx.stages.context import Sources
     from rlx.types import DataRef
@@ -67,14 +70,13 @@ def show_data(arguments: list[str], extra: Path | None, trust: list[str], num: i
     _, made = planned(arguments, extra, trust)
     quiet()
     shown: set[str] = set()
-    policy: Policy | None = None
+    policy = outline(made.model)  # tokens need no weights
     for name, stage in made.stages.items():
         ref = getattr(stage, "data", None)
         if not isinstance(ref, DataRef) or (ref.split or repr(ref.source)) in shown:
             continue
         shown.add(ref.split or repr(ref.source))
         sources = Sources(run_dir=Path(), name=name, seed=made.config["seed"], model=made.model, task=made.task)
-        policy = policy or sources.policy(None)
         rows = sources.data(ref)
         print(f"\n{'@task/' + ref.split if ref.split else name + '.data'}: {len(rows)} rows")
         for row in rows[:num]:

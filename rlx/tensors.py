@@ -30,11 +30,6 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return inside(x, mask).sum()
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` (N,T) inside the mask: (); nan where the mask is empty."""
-    return masked_sum(x, mask) / mask.sum()
-
-
 def seq_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of `x` (N,T) over each sequence's trained positions: (N,)."""
     return inside(x, mask).sum(-1)

@@ -212,7 +212,6 @@ class Log:
         self.last, self.last_step = now, step
         line = {"step": step, "seconds": round(now - self.started, 3), **({"policy": policy} if policy else {})}
         write(self.metrics_file, line | record)
-        self.history.append(record)
         rows = [{"step": step, **({"policy": policy} if policy else {}), **sample(e)} for e in episodes]
         for row in rows:
             write(self.samples_file, row)
@@ -227,6 +226,7 @@ class Log:
             if key not in self.warned:
                 self.warned.add(key)
                 self.display.say(f"! {text}")
+        self.history.append(record)
 
     def stop(self, reason: str) -> None:
         """End the stage after this step."""

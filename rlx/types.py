@@ -51,12 +51,11 @@ class Task:
 
 
 class Status(Enum):
-    """How an episode ended. `TRUNCATED`: the token limit cut it; `FAILED`: its environment broke."""
+    """How an episode ended. `TRUNCATED`: the token limit cut it."""
 
     RUNNING = "running"
     FINISHED = "finished"
     TRUNCATED = "truncated"
-    FAILED = "failed"
 
 
 @dataclass

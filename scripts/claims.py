@@ -16,7 +16,7 @@ def main() -> int:
     for name, recipe in recipes().items():
         if recipe.family != "paper" and recipe.read().get("claim"):
             print(f"== {name}", flush=True)
-            status = subprocess.run([sys.executable, "-m", "rlx.cli", "reproduce", name]).returncode
+            status = subprocess.run([sys.executable, "-m", "rlx.cli", "reproduce", name, "--long"]).returncode
             found[name] = verdicts.get(status, f"failed (exit status {status})")
     print("\n" + "\n".join(f"{name}: {verdict}" for name, verdict in found.items()))
     return int(any(verdict not in EXIT_STATUS for verdict in found.values()))

@@ -14,11 +14,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlx.tensors import last_position
 from rlx.types import Batch, DataError, Episode, Floats, Ids, Message, Sampling, Turn
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
+
+# Up to so many logits (a gibibyte in float32), their log-softmax is taken at once.
+LARGEST = 2**28
 
 Span = tuple[int, int]
 
@@ -112,6 +116,8 @@ class LanguageModel:
         if len(spans) < num_turns:  # nothing to train on: `fit` refuses a data set of these
             return text, [(len(text), len(text))] * num_turns
         own = spans[len(spans) - num_turns :]  # earlier assistant messages belong to the prompt
+        # Some templates close the markers before the end token; it is the policy's all the same, which has to learn to stop.
+        own = [(begin, end + len(self.end_token) * text.startswith(self.end_token, end)) for begin, end in own]
         if own and prompt and prompt[-1].role == "assistant":
             own[0] = (max(own[0][0], len(self._text(prompt, opened=True))), own[0][1])
         return text, own
@@ -236,11 +242,7 @@ class LanguageModel:
                 logits_to_keep=width,
                 use_cache=False,
             )
-        logits = out.logits.float() / temperature
-        logz = logits.logsumexp(-1)
-        fields = {"logp": logits.gather(-1, ids[:, prompt:, None])[..., 0] - logz}
-        if "entropy" in want:
-            fields["entropy"] = logz - (logits.softmax(-1) * logits).sum(-1)
+        fields = token_fields(out.logits, ids[:, prompt:], temperature, entropy="entropy" in want)
         full = batch["mask"].shape[1]  # fields of a part of a batch keep the whole batch's width
         return {name: torch.nn.functional.pad(x, (0, full - width)) for name, x in fields.items() if name in want}
 
@@ -266,6 +268,29 @@ class LanguageModel:
             folder.rename(old)
         beside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def token_fields(
+    logits: Tensor, ids: Tensor, temperature: float, *, entropy: bool, largest: int = LARGEST
+) -> dict[str, Tensor]:
+    """logp (and entropy) (N,T) of `ids` (N,T) under softmax(logits / temperature), in float32, from logits (N,T,V).
+
+    More than `largest` logits are taken in spans of positions, computed once more in the backward pass, so that the
+    float32 copies that a softmax needs exist for one span at a time.
+    """
+
+    def span(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        scaled = logits.float() / temperature
+        logz = scaled.logsumexp(-1)
+        logp = scaled.gather(-1, ids[..., None])[..., 0] - logz
+        return (logp, logz - (scaled.softmax(-1) * scaled).sum(-1)) if entropy else (logp,)
+
+    if logits.numel() <= largest:
+        return dict(zip(("logp", "entropy"), span(logits, ids), strict=False))
+    width = max(1, largest // (logits.shape[0] * logits.shape[2]))
+    spans = zip(torch.split(logits, width, dim=1), torch.split(ids, width, dim=1), strict=True)
+    parts = [checkpoint(span, *part, use_reentrant=False, preserve_rng_state=False) for part in spans]
+    return {name: torch.cat(x, dim=1) for name, x in zip(("logp", "entropy"), zip(*parts, strict=True), strict=False)}
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlx.report import plots, tables
-from rlx.report.read import Run, StageLog, is_number, load
+from rlx.report.read import Run, StageLog, is_number, is_sweep, load
 from rlx.types import ConfigError
 
 # What a page shows of a text: a completion can be as long as a model's context.
@@ -30,15 +30,15 @@ def write(path: Path, out: Path | None = None) -> Path:
         raise ConfigError(f"{page}: expected the name of a page, ending in .html")
     images = page.with_suffix("")
     images.mkdir(parents=True, exist_ok=True)
-    html = render(found, path.resolve().name, images)
+    html = render(found, path, images)
     unfinished = page.with_name(page.name + ".part")
     unfinished.write_text(html, encoding="utf-8")
     unfinished.replace(page)
     return page
 
 
-def render(found: Run | list[Run], name: str, images: Path) -> str:
-    """The page as text; `name` is the directory's name, `images` an existing folder for the PNG files."""
+def render(found: Run | list[Run], path: Path, images: Path) -> str:
+    """The page as text; `found` is what lies in `path`, `images` an existing folder for the PNG files."""
     # Completions are whatever a model wrote: autoescape stays on, and only our own SVG is marked as safe.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -48,8 +48,8 @@ def render(found: Run | list[Run], name: str, images: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": tables.number, "cut": cut, "signs": signs}
-    content = _run(found, images) if isinstance(found, Run) else _sweep(found, images)
-    return environment.get_template("page.html.j2").render(name=name, **content)
+    content = _run(found, images) if isinstance(found, Run) else _sweep(found, path, images)
+    return environment.get_template("page.html.j2").render(name=path.resolve().name, directory=str(path), **content)
 
 
 def _run(run: Run, images: Path) -> dict[str, Any]:
@@ -71,19 +71,21 @@ def _run(run: Run, images: Path) -> dict[str, Any]:
     }
 
 
-def _sweep(runs: list[Run], images: Path) -> dict[str, Any]:
+def _sweep(runs: list[Run], path: Path, images: Path) -> dict[str, Any]:
     objective = next((str(run.config["objective"]) for run in runs if run.config.get("objective")), "objective")
     by_stage: dict[str, list[plots.Chart]] = {}
     for chart in plots.sweep_charts(runs):
         by_stage.setdefault(chart.title.partition(":")[0], []).append(chart)
     states = [str(run.info.get("status", "unknown")) for run in runs]
+    what = f"sweep of {len(runs)}" if is_sweep(path) else f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    one = next((run for run in runs if run.config), runs[0])  # a job that failed early has no config
     return {
-        **_about(runs[0]),
-        "status": f"sweep of {len(runs)}: {counts}",
+        **_about(one),
+        "status": f"{what}: {counts}",
         "error": "",
         "headline": tables.sweep_headline(runs, objective),
-        "facts": _facts(runs[0], objective=objective, settings=len(tables.settings(runs))),
+        "facts": _facts(one, objective=objective, settings=len(tables.settings(runs))),
         "tables": list(reversed(tables.sweep_tables(runs, objective))),
         "sections": [(stage, _drawn(charts, images), []) for stage, charts in by_stage.items()],
         "samples": [],

@@ -2,7 +2,7 @@
 
     run_dir/config.yaml, run.json, <stage>/metrics.jsonl, <stage>/samples.jsonl, <stage>/DONE
 
-A sweep is a folder of run directories.
+A sweep is a folder of run directories with a jobs.jsonl: one line for each job that ended, {job, overrides, exit}.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ import yaml
 
 from rlx.types import ConfigError
 
+JOBS = "jobs.jsonl"
+
 At = Literal["first", "last", "best", "max", "min"]
 
 # Metrics of which less is better, by the last part of their name; `best` is the minimum of these.
-LOWER_IS_BETTER = {"loss", "nll", "perplexity", "truncated", "failures"}
+LOWER_IS_BETTER = {
+    *("loss", "nll", "perplexity", "truncated", "failures", "length", "wrong_length", "excess_length"),
+    *("grad_variance", "no_signal", "trained_no_signal", "kl", "ref_kl", "approx_kl"),
+}
 
 
 @dataclass(frozen=True)
 class StageLog:
-    """What one stage logged. `metrics` has one mapping per step (in an `evaluate` stage: per policy)."""
+    """What one stage logged. `metrics` has one mapping per step (in an `evaluate` stage: per policy).
+
+    `begun`: its folder is there.
+    """
 
     name: str
     kind: str
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     done: bool
+    begun: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Run:
 
 
 def load(path: Path) -> Run | list[Run]:
-    """The run in `path`, or the runs of the sweep in `path` in the order of their names.
+    """The run in `path`, or the runs in the folder `path` in the order of their names, with the failed jobs of a sweep.
 
     Raises ConfigError where `path` is neither.
     """
@@ -54,10 +63,27 @@ def load(path: Path) -> Run | list[Run]:
         raise ConfigError(f"{path} is no directory: expected a run directory or a sweep directory")
     if (path / "run.json").is_file():
         return load_run(path)
-    jobs = [folder for folder in path.iterdir() if (folder / "run.json").is_file()]
-    if not jobs:
+    runs = {folder.name: load_run(folder) for folder in path.iterdir() if (folder / "run.json").is_file()}
+    runs |= {str(job["job"]): job_run(path, job) for job in _json_lines(path / JOBS)}
+    if not runs:
         raise ConfigError(f"{path} is no run: it has no run.json, and no folder in it has one")
-    return [load_run(job) for job in sorted(jobs, key=lambda job: _by_number(job.name))]
+    return [runs[name] for name in sorted(runs, key=_by_number)]
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder of runs is a sweep's, and not just a folder."""
+    return (path / JOBS).is_file() or (path / "multirun.yaml").is_file()
+
+
+def job_run(root: Path, job: Mapping[str, Any]) -> Run:
+    """A sweep's job as a run; where it failed before its own run began, a run that holds nothing but that."""
+    path = root / str(job["job"])
+    run = load_run(path)
+    if run.info and (job["exit"] == 0) == (run.info.get("status") == "finished"):
+        return run
+    recipe = next((word.partition("=")[2] for word in job["overrides"] if word.startswith("recipe=")), None)
+    error = "before its run began; `rlx check` with its overrides says why"
+    return Run(path, {"status": "failed", "recipe": recipe, "overrides": job["overrides"], "error": error}, {}, [])
 
 
 def load_run(path: Path) -> Run:
@@ -76,23 +102,33 @@ def value(run: Run, metric: str, at: At) -> float | None:
     `metric` is "stage/metric", as in "rl/eval/accuracy"; for an `evaluate` stage "stage/policy/metric", as in
     "test/rl/accuracy". `best` is the largest value, or the smallest of a metric in `LOWER_IS_BETTER`.
     """
-    stage_name, _, key = metric.partition("/")
-    stage = next((stage for stage in run.stages if stage.name == stage_name), None)
-    if stage is None:
-        return None
-    rows = stage.metrics
-    if stage.kind == "evaluate":
-        # A policy's name can hold slashes itself (a hub id), so it is looked up, not split off.
-        rows = [row for row in rows if key.startswith(f"{row.get('policy')}/")]
-        key = key.removeprefix(f"{rows[0].get('policy')}/") if rows else key
-    values = [row[key] for row in rows if is_number(row.get(key))]
+    values = [x for x in rows(run, metric) if not math.isnan(x)]
     if not values:
         return None
     if at == "best":
-        at = "min" if lower_is_better(key) else "max"
+        at = "min" if lower_is_better(metric) else "max"
     if at in ("first", "last"):
-        return float(values[0 if at == "first" else -1])
-    return float(min(values) if at == "min" else max(values))
+        return values[0 if at == "first" else -1]
+    return min(values) if at == "min" else max(values)
+
+
+def rows(run: Run, metric: str) -> list[float]:
+    """A metric at each step that logged it (in an `evaluate` stage: of each policy that it names), in the log's order.
+
+    nan where it was logged without a finite value; `metric` is named as in `value`. Empty where nothing logged it.
+    """
+    stage_name, _, key = metric.partition("/")
+    stage = next((stage for stage in run.stages if stage.name == stage_name), None)
+    if stage is None:
+        return []
+    found = []
+    for row in stage.metrics:
+        # A policy's name can hold slashes itself (a hub id), so it is looked up, not split off.
+        prefix = f"{row.get('policy')}/" if stage.kind == "evaluate" else ""
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and name in row:
+            found.append(float(row[name]) if is_number(row[name]) else math.nan)
+    return found
 
 
 def series(stage: StageLog, key: str) -> tuple[list[float], list[float]]:
@@ -102,8 +138,14 @@ def series(stage: StageLog, key: str) -> tuple[list[float], list[float]]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better, by the last part of its name."""
-    return metric.rpartition("/")[2] in LOWER_IS_BETTER
+    """Whether less of a metric is better, by the last part of its name.
+
+    Every loss term is minimised (loss/NAME); the reward `length` is paid, so more of it is better.
+    """
+    part, _, name = f"/{metric}".rpartition("/")
+    if part.endswith("/reward") and name == "length":
+        return False
+    return name in LOWER_IS_BETTER or part.endswith("/loss")
 
 
 def is_number(x: object) -> TypeGuard[float]:
@@ -115,11 +157,12 @@ def _stage(folder: Path, config: Mapping[str, Any]) -> StageLog:
     done = folder / "DONE"
     kind = config.get("kind") or _json(_text(done)).get("kind") or ""
     metrics = _merge(_json_lines(folder / "metrics.jsonl"))
-    return StageLog(folder.name, str(kind), metrics, _json_lines(folder / "samples.jsonl"), done.is_file())
+    samples = _json_lines(folder / "samples.jsonl")
+    return StageLog(folder.name, str(kind), metrics, samples, done.is_file(), folder.is_dir())
 
 
 def _merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step (and policy): a resumed run logs some steps twice, and the later line counts."""
+    """One row per step (and policy): lines of the same step are joined, and the later one's values count."""
     merged: dict[tuple[Any, Any], dict[str, Any]] = {}
     for row in rows:
         merged.setdefault((str(row.get("step")), str(row.get("policy"))), {}).update(row)

@@ -97,10 +97,10 @@ def headline(run: Run) -> Headline | None:
 
 
 def metric_names(stage: StageLog) -> list[str]:
-    """The names of a stage's numeric metrics, in the order of their first appearance."""
+    """The names of a stage's numeric metrics, in the order of their first appearance; what it has `spent` is none."""
     names = {key: None for row in stage.metrics for key, x in row.items() if is_number(x)}
     extra = ("step", "seconds", "policy", "n")
-    return [key for key in names if key not in extra and not key.endswith(("/low", "/high"))]
+    return [key for key in names if key not in extra and not key.startswith("spent/") and not key.endswith(("/low", "/high"))]
 
 
 def is_share(metric: str) -> bool:
@@ -159,7 +159,10 @@ def _trained(run: Run, stages: list[StageLog]) -> Table:
 
 def _progress(run: Run, stage: StageLog) -> str:
     if not stage.metrics:
-        return "done" if stage.done else "not started"
+        if stage.done:
+            return "done"
+        status = str(run.info.get("status"))
+        return "not started" if not stage.begun else status if status in ("interrupted", "failed") else "begun"
     step = stage.metrics[-1].get("step", "-")
     stages = run.config.get("stages")
     config = stages.get(stage.name) if isinstance(stages, dict) else None

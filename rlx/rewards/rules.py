@@ -11,6 +11,14 @@ from rlx.types import ConfigError, DataError, Episode
 ANSWER_LAST = r".*(####\s*[-+]?\$?[0-9][0-9.,/]*%?|\\boxed\{[^\n]{1,400}\}[.$\s]*)"
 
 
+def verifier(episodes: list[Episode]) -> list[float]:
+    """What the recipe's task says of an answer, in training as in its test: 1 where it is right, else 0.
+
+    plan() puts the task's own verifier in this place. Raises ConfigError: without a task there is none.
+    """
+    raise ConfigError("the recipe has no task, so it has no verifier")
+
+
 def answer_match(
     episodes: list[Episode],
     *,

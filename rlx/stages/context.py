@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
 from rlx.track import Log
 from rlx.types import Component, ConfigError, DataRef, Env, Episode, Model, ModelRef, Policy, Reward, TaskSource
@@ -95,7 +96,7 @@ class Context(Sources):
     objective: str = ""
     step: int = 0
     policy_in_training: Policy | None = None
-    best: float = float("-inf")
+    best: float | None = None
     since_best: int = 0
 
     @property
@@ -121,8 +122,10 @@ class Context(Sources):
         """Keep the best checkpoint by the recipe's objective; stop after `patience` evaluations without a better one."""
         if self.objective not in metrics:
             return
-        if metrics[self.objective] > self.best:
-            self.best, self.since_best = metrics[self.objective], 0
+        value = metrics[self.objective]
+        sign = -1.0 if lower_is_better(self.objective) else 1.0
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.since_best = value, 0
             self.checkpoint("best", policy)
         else:
             self.since_best += 1

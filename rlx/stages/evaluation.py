@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 from rlx.metrics import wilson
 from rlx.rewards.score import score
@@ -13,29 +13,52 @@ from rlx.types import Component, DataRef, Episode, Metric, Policy, Reward, Sampl
 
 
 @dataclass(kw_only=True)
-class Eval:
-    """What is measured during training: every `every` steps, and before the first and after the last.
+class Measure:
+    """What is measured on held-out tasks, and how the answers are drawn.
 
-    `metrics` that read `sampled` rollouts get `samples` of them a task (default: as many as the largest k asks for).
+    `metrics` that read `sampled` rollouts get `samples` of them a task (default: as many as the largest k asks for), at
+    `temperature`, from the `top_k` likeliest tokens (0: all) and those that hold `top_p` of the probability.
     """
 
     data: DataRef
     metrics: list[Component[Metric]]
-    every: int = 0
     samples: int | None = None
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     max_new_tokens: int | None = None
     limit: int | None = None
-    patience: int | None = None
     verifier: Component[Reward] | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings taken together."""
+        found = [] if self.top_k >= 0 else [f"top_k: expected 0 (all tokens) or more, got {self.top_k}"]
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        for metric in self.metrics:
+            k = int(metric.settings.get("k", 1))
+            if metric.reads[0] == "sampled" and self.samples is not None and self.samples < k:
+                found.append(f"samples: metric {metric.name!r} needs at least {k} samples of each task, got {self.samples}")
+        return found
+
+
+@dataclass(kw_only=True)
+class Eval(Measure):
+    """What is measured during training: every `every` steps, and before the first and after the last.
+
+    `patience`: training ends after so many evaluations without a better value of the recipe's objective.
+    """
+
+    every: int = 0
+    patience: int | None = None
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this step (0: before the first)."""
         return step in (0, last) or (self.every > 0 and step % self.every == 0)
 
 
-def evaluate(policy: Policy, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:
-    """The metrics of a policy on held-out tasks, and the greedy (or else sampled) episodes behind them.
+def evaluate(policy: Policy, settings: Measure, ctx: Context) -> tuple[dict[str, float], list[list[Episode]]]:
+    """The metrics of a policy on held-out tasks, and the greedy (or else sampled) episodes behind them, task by task.
 
     The draws depend on the run's seed and the task alone, so two policies are compared on the same random numbers.
     """
@@ -48,16 +71,22 @@ def evaluate(policy: Policy, settings: Eval, ctx: Context) -> tuple[dict[str, fl
         sampling = Sampling(
             max_new_tokens=ctx.max_new_tokens(settings.max_new_tokens),
             temperature=0.0 if kind == "greedy" else settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
         )
         episodes = plain(policy, ctx.make_env, rows, num[kind], sampling, (ctx.seed, 0))
         score(episodes, [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier")
         groups[kind] = [episodes[i : i + num[kind]] for i in range(0, len(episodes), num[kind])]
     values = {m.name: float(m.call(groups[m.reads[0]])) for m in settings.metrics}
-    shown = groups.get("greedy") or groups.get("sampled") or []
-    return values, [group[0] for group in shown]
+    return values, groups.get("greedy") or groups.get("sampled") or []
 
 
-def interval(value: float, n: int) -> dict[str, Any]:
-    """The 95 % Wilson interval of an accuracy over n tasks, as keys beside it."""
-    low, high = wilson(round(value * n), n)
+def num_scored(groups: list[list[Episode]]) -> int:
+    """How many tasks have an episode that could be scored."""
+    return sum(any(not math.isnan(episode.reward) for episode in group) for group in groups)
+
+
+def interval(value: float, n: int) -> dict[str, float]:
+    """The 95 % Wilson interval of an accuracy over n scored tasks, as keys beside it; (0, 1) where there are none."""
+    low, high = wilson(round(value * n) if n else 0, n)
     return {"accuracy/low": low, "accuracy/high": high}

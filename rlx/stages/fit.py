@@ -52,7 +52,8 @@ class Fit:
     def problems(self) -> list[str]:
         """What is wrong with the settings taken together."""
         absent = ("adv", "reward", "ret", "old_logp", "rollout_logp")
-        return problems(loss=self.loss, watch=self.watch, reference=self.reference, absent=absent)
+        found = problems(loss=self.loss, watch=self.watch, reference=self.reference, absent=absent)
+        return found + [f"eval.{line}" for line in (self.eval.problems() if self.eval is not None else ())]
 
     def describe(self) -> str:
         """The batch arithmetic in words."""
@@ -69,7 +70,7 @@ class Fit:
         metrics: dict[str, float] = {}
         if self.eval is not None:
             metrics, episodes = evaluated(policy, self.eval, ctx)
-            ctx.log.step(0, metrics, episodes)
+            ctx.log.step(0, metrics | spent(learner, 0), episodes)
             ctx.judge(metrics, policy, self.eval.patience)
         for step in ctx.steps(self.steps, policy):
             batch = policy.collate(next(batches))
@@ -77,6 +78,7 @@ class Fit:
                 batch["ref_logp"] = score(reference, batch, self.token_budget, 1.0)
             metrics = learner.step(batch, update, ctx.seeds(step))
             metrics["tokens"] = float(sum(len(row) for row in batch.rows))
+            metrics |= spent(learner, 0)
             episodes = []
             if self.eval is not None and self.eval.due(step, self.steps):
                 measured, episodes = evaluated(policy, self.eval, ctx)
@@ -134,5 +136,14 @@ def shuffled(rows: list[Episode], size: int, seed: tuple[int, ...], where: str) 
 
 def evaluated(policy: Policy, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:
     """The metrics under their logged names, and a few episodes to look at."""
-    values, episodes = evaluate(policy, settings, ctx)
-    return {f"eval/{name}": value for name, value in values.items()}, episodes[:4]
+    values, groups = evaluate(policy, settings, ctx)
+    return {f"eval/{name}": value for name, value in values.items()}, [group[0] for group in groups[:4]]
+
+
+def spent(learner: TorchLearner, rollouts: int) -> dict[str, float]:
+    """What the stage has used so far: optimiser steps, sampled episodes, and tokens trained on (each epoch counts)."""
+    return {
+        "spent/updates": float(learner.steps),
+        "spent/rollouts": float(rollouts),
+        "spent/tokens": float(learner.tokens),
+    }

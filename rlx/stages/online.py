@@ -14,7 +14,7 @@ from rlx.rollout import samplers
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
 from rlx.stages.fields import problems, reads
-from rlx.stages.fit import evaluated, shuffled
+from rlx.stages.fit import evaluated, shuffled, spent
 from rlx.tensors import seq_sum
 from rlx.types import (
     Advantage,
@@ -90,7 +90,7 @@ class Online:
         grouped = [a.name for a in self.advantage if "group" in a.reads]
         if grouped and self.group_size < 2:
             found.append(f"group_size: advantage {grouped[0]!r} compares the samples of a prompt; 2 or more are needed")
-        return found
+        return found + [f"eval.{line}" for line in (self.eval.problems() if self.eval is not None else ())]
 
     def describe(self) -> str:
         """The batch arithmetic in words."""
@@ -120,13 +120,15 @@ class Online:
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=total)
         prompts = shuffled(ctx.data(self.data), self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         metrics: dict[str, float] = {}
+        rollouts = 0
         if self.eval is not None:
             metrics, episodes = evaluated(policy, self.eval, ctx)
-            ctx.log.step(0, metrics, episodes)
+            ctx.log.step(0, metrics | spent(learner, 0), episodes)
             ctx.judge(metrics, policy, self.eval.patience)
         for step in ctx.steps(self.steps, policy):
             kept, seen = self.draw(policy, prompts, ctx, step)
             metrics = summary(kept, seen)
+            rollouts += len(seen)
             if kept:
                 batch = policy.collate(kept)
                 batch["old_logp"] = batch["rollout_logp"]
@@ -136,6 +138,7 @@ class Online:
                 mark(kept, batch)
                 metrics |= learner.step(batch, update, ctx.seeds(step))
                 check_gap(metrics, ctx.name)
+            metrics |= spent(learner, rollouts)
             episodes = seen if step % self.samples_every == 0 or step in (1, self.steps) else []
             measured: dict[str, float] = {}
             if self.eval is not None and self.eval.due(step, self.steps):

@@ -79,6 +79,10 @@ CHECKED = {
         ["small", "stages.rl.reward=./r.py:socre", "--trust", "./r.py"],
         "stages.rl.reward.0.name: ./r.py defines no 'socre'",
     ),
+    "code of a model": (
+        ["small", "model=a/b", "model.trust_remote_code=true"],
+        "model.trust_remote_code: would run code that comes with the model; to allow it add --trust a/b",
+    ),
     "several values": (
         ["small", "seed=0,1"],
         "seed=0,1: several values make a sweep, which -m runs; one value that is a list is written key=[1,2]",
@@ -126,6 +130,14 @@ RECIPES = {
         "purpose: ${oc.env:HOME}\n",
         "mine/bad.yaml: '${oc.env:' is a resolver; a recipe may only refer to its own keys",
     ),
+    "run_dir": (
+        "run_dir: /tmp/x\n",
+        "mine/bad.yaml: `run_dir` is for the command line (run_dir=DIR), not for recipes",
+    ),
+    "claim": (
+        "defaults: [/recipe/small]\nclaim: {says: x, checks: [{metric: rl/eval/accuracy, minus: nobody, min: 0.0}]}\n",
+        "claim.checks.0: no arm 'nobody'",
+    ),
     "parent": (
         "defaults: [/recipe/smal]\n",
         "mine/bad.yaml: defaults: '/recipe/smal' is no recipe; write - /recipe/NAME; did you mean 'small'?; "
@@ -172,7 +184,7 @@ def test_reward_that_raises(rlx):
     Path("r.py").write_text("def score(episodes):\n    raise KeyError('gold')\n")
     result = rlx("train", "small", "stages.rl.reward=./r.py:score", "--trust", "./r.py", "run_dir=out")
     assert result.status == 2
-    assert result.err.startswith("rlx: stages.rl.reward: reward 'score' raised KeyError: 'gold' (on the group of ")
+    assert result.err.startswith("rlx: stages.rl.reward: reward 'score' raised KeyError: 'gold' (r.py line 2, on the prompt '")
     assert len(result.err.splitlines()) == 1
 
 
@@ -222,4 +234,39 @@ def test_run_dir_that_holds_something_else(rlx):
 )
 def test_other_commands(rlx, words, message):
     result = rlx(*words)
+    assert (result.status, result.said) == (2, f"rlx: {message}")
+
+
+OWN = """\
+def term(logp, mask):
+    raise KeyError("gold")
+
+def credit(ret):
+    return 1 / 0
+"""
+
+
+def test_a_component_of_the_users_that_raises_in_a_check(rlx):
+    Path("own.py").write_text(OWN)
+    result = rlx(
+        "check", "small", "stages.sft.loss=./own.py:term", "stages.rl.advantage=./own.py:credit", "--trust", "./own.py"
+    )
+    assert (result.status, result.err) == (
+        2,
+        "rlx: stages.sft.loss: 'term' raised KeyError: 'gold'\n"
+        "stages.rl.advantage: 'credit' raised ZeroDivisionError: division by zero\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task.digits=2"], "which task? Give task=NAME, such as task=gsm8k or task=arithmetic"),
+        (["task.digit=2", "task=arithmetic"], "task.digit: task 'arithmetic' takes no 'digit'; did you mean 'digits'?"),
+        (["task=arithmetic", "seed=1", "task.digits=2", "task.digits.x=2"], "task.digits.x: digits is 2, which has no keys"),
+        (["task=arithmetic", "metrics=[a"], "'metrics=[a': its value is not YAML"),
+    ],
+)
+def test_settings_of_eval(rlx, words, message):
+    result = rlx("eval", "owner/name", *words)
     assert (result.status, result.said) == (2, f"rlx: {message}")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlx.run import code_hash, write_text
+
 
 def rows(path: str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
@@ -74,6 +76,9 @@ def test_stages_that_are_done_are_skipped(rlx):
     weights = Path("out/sft/out/model.safetensors")
     before = weights.stat().st_mtime_ns
     rl = rows("out/rl/metrics.jsonl")
+    done = json.loads(Path("out/sft/DONE").read_text())
+    assert done["code"] == code_hash()
+    Path("out/rl/checkpoints/step-000077").mkdir()
     # What kill -9 leaves in the second stage: a status that says running, half a log, no DONE.
     Path("out/rl/DONE").unlink()
     Path("out/test/DONE").unlink()
@@ -84,6 +89,7 @@ def test_stages_that_are_done_are_skipped(rlx):
     assert weights.stat().st_mtime_ns == before
     assert info()["status"] == "finished"
     clocks = {"seconds", "tokens_per_second"}
+    assert not Path("out/rl/checkpoints/step-000077").exists()
     strip = [{k: v for k, v in row.items() if k not in clocks} for row in rl]
     assert [{k: v for k, v in row.items() if k not in clocks} for row in rows("out/rl/metrics.jsonl")] == strip
 
@@ -157,12 +163,13 @@ def test_an_interrupted_run_saves_and_goes_on(rlx, number):
         "stages.rl.steps=30 '~stages.rl.eval' '~objective' run_dir=out"
     )
     assert (info()["status"], info()["error"]) == ("interrupted", "in stage 'rl'")
-    (saved,) = Path("out/rl/checkpoints").glob("step-*")
-    assert (saved / "model.safetensors").is_file()
+    assert [path.name for path in Path("out/rl/checkpoints").iterdir()] == ["interrupted"]
+    assert Path("out/rl/checkpoints/interrupted/model.safetensors").is_file()
     Path("fast").touch()
     assert rlx("train", *words, "run_dir=out").status == 0
     assert info()["status"] == "finished"
     assert rows("out/rl/metrics.jsonl")[-1]["step"] == 30
+    assert not Path("out/rl/checkpoints").exists()  # of weights that this run did not go through
 
 
 def test_model_directory_task_files_and_a_reward_of_the_users(rlx):
@@ -213,3 +220,62 @@ def test_model_directory_task_files_and_a_reward_of_the_users(rlx):
     assert "[" not in question
     assert trained.startswith("[")
     assert "".join(trained.strip()[1:-1].split("][")).startswith("0 + 1 = 1\\n#### 1")
+
+
+def test_a_stage_that_other_code_made_is_said(rlx):
+    assert rlx("train", "small", "run_dir=out").status == 0
+    Path("out/test/DONE").unlink()
+    Path("out/sft/DONE").write_text(json.dumps(json.loads(Path("out/sft/DONE").read_text()) | {"code": "0" * 16}))
+    Path("out/run.json").write_text(json.dumps(info() | {"status": "running"}))
+    again = rlx("train", "small", "run_dir=out")
+    assert "[sft] done before by other code than this (delete its DONE to run it again); skipped\n" in again.out
+    assert "[rl] done before; skipped\n" in again.out
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("old")
+
+    def fails(self, text, encoding):
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="no space"):
+        write_text(tmp_path / "config.yaml", "new")
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
+def test_dropped_keys_are_gone_from_the_run_and_it_can_be_measured(rlx):
+    Path("data").mkdir()
+    problem = json.dumps({"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}) + "\n"
+    for split in ("train", "test"):
+        Path(f"data/{split}.jsonl").write_text(8 * problem)
+    first = rlx("train", "small", "task=gsm8k", "task.path=./data", "task.dev=4", "run_dir=out")
+    assert (first.status, first.err) == (0, "")
+    assert "note: task.digits: dropped, because task 'gsm8k' takes no 'digits'\n" in first.out
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["task"] == {"name": "gsm8k", "path": "./data", "dev": 4}
+    measured = rlx("eval", "out", "limit=2", "max_new_tokens=4")
+    assert (measured.status, measured.err) == (0, "")
+
+
+def test_data_is_shown_without_reading_weights(rlx):
+    from rlx.models.load import tiny
+
+    tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64).save(Path("model"))
+    Path("model/model.safetensors").unlink()
+    shown = rlx("data", "show", "small", "model=model", "--rows", "1")
+    assert (shown.status, shown.err) == (0, "")
+    assert "@task/demos: " in shown.out
+
+
+@pytest.mark.parametrize(("setting", "threads"), [(None, 1), ("2", 2)])
+def test_a_small_model_on_the_cpu_takes_one_thread(rlx, setting, threads):
+    code = (
+        "import sys, torch; torch.set_num_threads(2); from rlx import cli\n"
+        "sys.argv = 'rlx train small --recipes mine run_dir=out model.device=cpu ~stages.rl ~stages.test ~objective'.split()\n"
+        "cli.main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": setting} if setting else {}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f", {threads} torch thread" in info()["hardware"]

@@ -60,7 +60,7 @@ def test_a_failing_job_leaves_the_others(rlx):
         ["1", "failed", "stages.rl.group_size=1"],
         ["2", "finished", "stages.rl.group_size=6"],
     ]
-    assert "1 failed: before its run began; its message is above\n" in result.out
+    assert "1 failed: before its run began; `rlx check` with its overrides says why\n" in result.out
 
 
 @pytest.mark.skipif(

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+from rlx.claims import claim_of
 from rlx.compose import HEADER, compose, recipes
 from rlx.models.tokenizer import byte_tokenizer
+from rlx.paths import CONF
 from rlx.plan import plan
+from rlx.reproduce import arm_config
 from rlx.run import run
 from rlx.types import ConfigError
 
@@ -47,8 +51,10 @@ def unlisted(paths: Iterable[str], listed: Iterable[str]) -> list[str]:
 
 
 def composed(name: str) -> dict[str, Any]:
-    """The values of a recipe without what it says about itself."""
-    return flat({k: v for k, v in compose([name]).config.items() if k not in (*HEADER, "recipe")})
+    """The values of a recipe without what it says about itself, and of its model without the sizes of conf/model."""
+    config = {k: v for k, v in compose([name]).config.items() if k not in (*HEADER, "recipe")}
+    sizes = yaml.safe_load((CONF / "model" / "tiny.yaml").read_text()).keys() - {"name"}
+    return flat(config | {"model": {k: v for k, v in config["model"].items() if k not in sizes}})
 
 
 def parent(name: str) -> str:
@@ -85,7 +91,11 @@ def test_every_listed_path_is_there_and_listed_once(name: str) -> None:
 def test_it_says_what_was_published_and_what_it_needs(name: str) -> None:
     node = KNOWN[name].read()
     for row in node["published"]:
-        assert {"metric", "setting", "method", "source"} <= row.keys() <= {"metric", "setting", "control", "method", "source"}
+        assert (
+            {"metric", "setting", "method", "source"}
+            <= row.keys()
+            <= {"metric", "setting", "control", "method", "source", "ours"}
+        )
     assert node["published"]
     assert list(node["requires"]) == ["gpus", "hours", "gated"]
     assert parent(name) == name.removeprefix("paper/")
@@ -95,6 +105,17 @@ def test_it_says_what_was_published_and_what_it_needs(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, recipe in KNOWN.items() if n not in PAPERS and recipe.read().get("claim")])
 def test_a_claim_has_its_published_settings(name: str) -> None:
     assert f"paper/{name}" in PAPERS
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_its_claim_is_its_own_and_every_arm_binds_also_as_a_smoke_test(name: str) -> None:
+    assert KNOWN[name].read()["claim"] != KNOWN[parent(name)].read()["claim"]
+    for words in ([], ["scale=smoke", "task=arithmetic"]):
+        made = compose([name, *words])
+        claim = claim_of(made.config)
+        assert len(claim.seeds) >= 3
+        for arm in claim.names:
+            assert "rl" in plan(arm_config(made.config, claim, arm, {}, 0)).stages
 
 
 # --------------------------------------------------------------------------- what these recipes alone use

@@ -116,3 +116,49 @@ def test_hint_cuts_a_long_list_to_the_nearest_dozen():
 )
 def test_looks_local(path, local):
     assert looks_local(path) is local
+
+
+def test_a_key_inside_what_was_given_is_never_dropped():
+    binder = Binder(swapped=frozenset({"x.0"}), given=frozenset({"x"}))
+    assert binder.value(list[Component[LossTerm]], [{"name": "clipped_surrogate", "clip_lo": 0.2}], "x") == [None]
+    assert (binder.notices, binder.dropped) == ([], [])
+    assert binder.errors[0].startswith("x.0.clip_lo: loss 'clipped_surrogate' takes no 'clip_lo'; did you mean 'clip_low'?")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "message"),
+    [
+        ("metric", "accuracy@8", "x.name: metric 'accuracy' takes no number after an @"),
+        ("reward", "length@3", "x.name: reward 'length' takes no number after an @"),
+        ("metric", "pass@x", "x.name: 'pass@x': a whole number from 1 stands after the @, as in pass@8"),
+        ("metric", "pass@0", "x.name: 'pass@0': a whole number from 1 stands after the @, as in pass@8"),
+    ],
+)
+def test_a_number_after_a_name_that_takes_none(group, name, message):
+    _, errors = bound(group, name)
+    assert errors[0] == message
+
+
+def test_an_at_in_a_path_of_the_users_is_part_of_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    (tmp_path / "a@b" / "r.py").write_text("def score(episodes): ...\n")
+    made, errors = bound("reward", "./a@b/r.py:score", trusted=["./a@b/r.py"])
+    assert (made.name, errors) == ("score", [])
+
+
+def test_code_that_comes_with_a_model_runs_only_where_the_model_is_trusted():
+    node = {"name": "pretrained", "path": "a/b", "trust_remote_code": True}
+    made, errors = bound("model", dict(node))
+    expected = "x.trust_remote_code: would run code that comes with the model; to allow it add --trust a/b"
+    assert (made, errors) == (None, [expected])
+    made, errors = bound("model", dict(node), trusted=["a/b"])
+    assert (made.settings["trust_remote_code"], errors) == (True, [])
+
+
+def test_a_component_that_comes_with_the_recipe_stands_before_the_catalogues():
+    def mine(episodes: list) -> list[float]:
+        return [7.0 for _ in episodes]
+
+    made, errors = bound("reward", {"name": "verifier", "weight": 2.0}, provided={("reward", "verifier"): mine})
+    assert (made.call([None]), made.weight, errors) == ([7.0], 2.0, [])

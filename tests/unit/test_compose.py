@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlx.compose import Numbers, apply_caps, compose, override, prepare, recipes, swapped, words
+from rlx.compose import Numbers, apply_caps, compose, given_paths, override, prepare, recipes, swapped, words
+from rlx.plan import plan
 from rlx.types import ConfigError
 
 PARENT = """\
@@ -90,6 +91,53 @@ def test_caps_hold_every_stage_and_say_so():
     }
 
 
+def test_caps_hold_what_the_arms_of_a_claim_change_without_a_word():
+    config = {
+        "scale": "smoke",
+        "caps": {"steps": 2, "limit": 4, "budget": 8},
+        "stages": {"a": {"steps": 1}},
+        "claim": {
+            "common": {"stages.a.steps": 9, "stages.b": {"steps": 9, "eval": {"limit": 9}}, "stages.a.lr": 9},
+            "arms": {"x": {"stages.a.eval.limit": 9, "stages.a.reward": [{"name": "r", "budget": 9}], "stages.a.steps": 1}},
+        },
+    }
+    assert apply_caps(config) == []
+    assert config["claim"] == {
+        "common": {"stages.a.steps": 2, "stages.b": {"steps": 2, "eval": {"limit": 4}}, "stages.a.lr": 9},
+        "arms": {"x": {"stages.a.eval.limit": 4, "stages.a.reward": [{"name": "r", "budget": 8}], "stages.a.steps": 1}},
+    }
+
+
+def test_what_a_scale_gives_where_the_recipe_gives_nothing():
+    config = {
+        "caps": {"limit": 4, "unset": {"fit": {"limit": 64}, "evaluate": {"limit": 4, "max_new_tokens": 8}}},
+        "stages": {
+            "sft": {"kind": "fit", "eval": {"every": 1}},
+            "short": {"kind": "fit", "limit": 2},
+            "rl": {"kind": "online", "eval": {"limit": 3, "max_new_tokens": 6}},
+            "test": {"kind": "evaluate", "max_new_tokens": 5},
+            "gone": None,
+        },
+    }
+    assert apply_caps(config) == []
+    assert config["stages"] == {
+        "sft": {"kind": "fit", "limit": 64, "eval": {"every": 1, "limit": 4, "max_new_tokens": 8}},
+        "short": {"kind": "fit", "limit": 2},
+        "rl": {"kind": "online", "eval": {"limit": 3, "max_new_tokens": 6}},
+        "test": {"kind": "evaluate", "limit": 4, "max_new_tokens": 5},
+        "gone": None,
+    }
+
+
+def test_a_smoke_test_of_a_shipped_recipe_reads_few_rows():
+    stages = compose(["sft_math", "scale=smoke"]).config["stages"]
+    assert (stages["sft"]["steps"], stages["sft"]["limit"], stages["sft"]["eval"]["limit"]) == (2, 64, 4)
+    assert (stages["test"]["limit"], stages["test"]["max_new_tokens"]) == (4, 8)
+    claim = compose(["rloo", "scale=smoke"]).config["claim"]
+    assert claim["common"]["stages.variance.steps"] == 2
+    assert claim["common"]["stages.variance"]["prompts_per_step"] == 2
+
+
 def test_numbers_in_recipes():
     import yaml
 
@@ -99,3 +147,71 @@ def test_numbers_in_recipes():
 def test_a_recipe_outside_the_folder_cannot_be_named(mine):
     with pytest.raises(ConfigError, match=r"^recipe=\.\./parent: no recipe is called '\.\./parent'; did you mean 'parent'"):
         compose(["recipe=../parent"], mine)
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("++seed=1", ["seed"]),
+        ("scale=smoke", ["scale"]),
+        ("++stages.rl.loss=[{name: nll, x: 1}]", ["stages.rl.loss"]),
+        ("++task={name: gsm8k, a: {b: 1}}", ["task.name", "task.a.b"]),
+        ("~stages.rl.eval", ["stages.rl.eval"]),
+    ],
+)
+def test_the_paths_that_an_override_gives(text, paths):
+    assert given_paths(text) == paths
+
+
+def test_a_misspelt_key_in_a_list_of_the_command_line_is_an_error(mine):
+    made = compose(["parent", "stages.sft.loss=[{name: entropy, weigth: 2.0}]"], mine)
+    with pytest.raises(
+        ConfigError, match=r"^stages\.sft\.loss\.0\.weigth: loss 'entropy' takes no 'weigth'; did you mean 'weight'"
+    ):
+        plan(made.config, swapped=made.swapped, given=made.given)
+
+
+def test_what_a_swapped_task_does_not_take_is_gone_from_the_plans_config(mine):
+    made = compose(["parent", "task=gsm8k"], mine)
+    found = plan(made.config, swapped=made.swapped, given=made.given)
+    assert found.notices == ["task.digits: dropped, because task 'gsm8k' takes no 'digits'"]
+    assert (found.config["task"], made.config["task"]) == ({"name": "gsm8k"}, {"name": "gsm8k", "digits": 2})
+    assert plan(found.config).notices == []
+    made = compose(["parent", "task={name: gsm8k, digit: 2}"], mine)
+    with pytest.raises(ConfigError, match=r"^task\.digit: task 'gsm8k' takes no 'digit'"):
+        plan(made.config, swapped=made.swapped, given=made.given)
+
+
+def test_the_config_holds_the_sizes_of_a_named_model(mine):
+    sizes = {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 4, "ffn": 384}
+    assert compose(["grpo_math"]).config["model"] == {"name": "tiny", **sizes}
+    assert compose(["parent", "model.hidden=64"], mine).config["model"] == {"name": "tiny", **sizes, "layers": 2, "hidden": 64}
+    smoke = compose(["grpo_math", "scale=smoke"]).config["model"]
+    assert smoke == {"name": "tiny", "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}
+
+
+@pytest.mark.parametrize("recipe", ["parent", "child"])
+def test_sizes_go_without_a_word_when_another_model_is_put_in_place(mine, recipe):
+    made = compose([recipe, "model=a/b", "model.dtype=bf16", "scale=smoke"], mine)
+    assert made.config["model"] == {"name": "a/b", "dtype": "bf16"}
+    assert not [n for n in plan(made.config, swapped=made.swapped, given=made.given).notices if n.startswith("model")]
+    made = compose([recipe, "model=a/b", "model.layers=3"], mine)
+    with pytest.raises(ConfigError, match=r"^model\.layers: model 'pretrained' takes no 'layers'"):
+        plan(made.config, swapped=made.swapped, given=made.given)
+
+
+def test_a_resolver_is_found_in_what_the_yaml_means_and_not_in_its_comments(mine):
+    (mine / "fine.yaml").write_text("# not like ${oc.env:HOME}\n" + PARENT)
+    assert compose(["fine"], mine).config["purpose"] == "parent"
+    for bad in ('purpose: "\\x24{oc.env:HOME}"', 'paper: {"${oc.env:HOME}": 1}', "stages: [{a: ['${oc.env:HOME}']}]"):
+        (mine / "bad.yaml").write_text(bad + "\n")
+        with pytest.raises(ConfigError) as caught:
+            compose(["bad"], mine)
+        said = "'${oc.env:' is a resolver; a recipe may only refer to its own keys"
+        assert str(caught.value) == f"{mine / 'bad.yaml'}: {said}"
+
+
+def test_a_smoke_test_samples_a_few_tokens_where_the_stage_sets_no_limit():
+    stages = compose(["grpo_math", "scale=smoke"]).config["stages"]
+    assert stages["rl"]["max_new_tokens"] == 8
+    assert compose(["grpo_math", "scale=smoke", "stages.rl.max_new_tokens=3"]).config["stages"]["rl"]["max_new_tokens"] == 3

@@ -47,7 +47,7 @@ def test_correct_keeps_the_threshold_itself_and_no_unscored_episode() -> None:
 
 def test_untruncated() -> None:
     rows = episodes([0.0] * 4, [0] * 4)
-    for row, status in zip(rows, [Status.FINISHED, Status.TRUNCATED, Status.FAILED, Status.TRUNCATED], strict=True):
+    for row, status in zip(rows, [Status.FINISHED, Status.TRUNCATED, Status.RUNNING, Status.TRUNCATED], strict=True):
         row.status = status
     assert kept(untruncated(rows), rows) == [0, 2]
 

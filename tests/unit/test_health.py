@@ -28,6 +28,10 @@ def test_truncated():
     assert line("truncated", {"truncated": 0.62}).startswith(
         "stages.rl: 62% of the completions are cut at max_new_tokens; raise stages.rl.max_new_tokens"
     )
+    assert line("truncated", {"truncated": 0.62, "reward": 0.1}).endswith(
+        " (or add {name: soft_overlong, budget: TOKENS} to stages.rl.reward)"
+    )
+    assert "reward" not in line("truncated", {"truncated": 0.62})  # an evaluate stage has no rewards
 
 
 @pytest.mark.parametrize(
@@ -69,5 +73,5 @@ def test_entropy_collapse():
 
 
 def test_engine_gap_and_kl():
-    assert "by up to 0.2 nats" in line("gap", {"gap/max": 0.2})
+    assert line("gap", {"gap/max": 0.2}).endswith("by up to 0.2 nats; set model.dtype=fp32")
     assert "2.50 nats per token away" in line("kl", {"ref_kl": 2.5})

@@ -10,7 +10,7 @@ from architectures import CONFIGS, episode, model, random_episodes
 from torch import Tensor
 
 from rlx.learner import score, units
-from rlx.models.language import LanguageModel
+from rlx.models.language import LanguageModel, token_fields
 from rlx.models.load import tiny
 from rlx.types import Batch
 
@@ -97,6 +97,35 @@ def test_forward_computes_what_is_wanted(small: LanguageModel) -> None:
     assert set(small.forward(batch, {"entropy"})) == {"entropy"}
 
 
+@pytest.mark.parametrize("largest", [1, 3 * 7 * 2, 3 * 7 * 4])
+def test_logits_taken_in_spans_give_the_same_values_and_gradients(largest: int) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 7, (3, 5))
+    start = torch.randn(3, 5, 7)
+    found = []
+    for limit in (3 * 5 * 7, largest):
+        logits = start.clone().requires_grad_()
+        out = token_fields(logits, ids, 0.7, entropy=True, largest=limit)
+        (out["logp"].square().sum() + out["entropy"].sum()).backward()
+        assert out["logp"].shape == out["entropy"].shape == (3, 5)
+        found.append((out["logp"], out["entropy"], logits.grad))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+    assert set(token_fields(start, ids, 0.7, entropy=False, largest=largest)) == {"logp"}
+
+
+def test_logits_taken_in_spans_keep_no_float32_copy_of_all() -> None:
+    def kept(largest: int) -> int:
+        sizes: list[int] = []
+        logits = torch.randn(2, 8, 16, requires_grad=True) * 1.0
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            token_fields(logits, torch.zeros(2, 8, dtype=torch.long), 0.7, entropy=True, largest=largest)
+        return sum(sizes)
+
+    assert kept(2 * 8 * 16) >= 3 * 2 * 8 * 16
+    assert kept(2 * 2 * 16) == 2 * 8 * (16 + 1)  # the logits and ids themselves
+
+
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_split_and_order_change_nothing(small: LanguageModel, budget: int) -> None:
     batch = small.collate(random_episodes(9))
@@ -116,6 +145,19 @@ def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> 
     for part in parts:
         width = max(part.starts) + max(len(r) - s for r, s in zip(part.rows, part.starts, strict=True))
         assert len(part.rows) == 1 or width * len(part.rows) <= 60
+
+
+@pytest.mark.parametrize("budget", [80, 100, 120, 140])
+def test_units_of_whole_groups(small: LanguageModel, budget: int) -> None:
+    batch = small.collate(random_episodes(20)).take([*range(0, 20, 2), *range(1, 20, 2)])
+    batch["index"] = torch.arange(20)
+    parts = list(units(batch, budget, whole_groups=True))
+    assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
+    assert sorted(g for part in parts for g in set(part["group"].tolist())) == list(range(10))  # each in one part
+    assert 3 < len(parts) < 10  # some hold several groups
+    for part in parts:
+        width = max(part.starts) + max(len(r) - s for r, s in zip(part.rows, part.starts, strict=True))
+        assert len(set(part["group"].tolist())) == 1 or width * len(part.rows) <= budget
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights() -> None:

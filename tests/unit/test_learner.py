@@ -19,7 +19,7 @@ from rlx.models.load import tiny
 from rlx.optim import adamw, factor
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
-from rlx.types import Batch, Component, Episode, Sampling, Task
+from rlx.types import Batch, Component, ConfigError, Episode, Sampling, Task
 
 NLL = Component("nll", likelihood.nll, ("logp", "mask"))
 PG = Component("policy_gradient", policy.policy_gradient, ("logp", "adv", "mask"))
@@ -111,6 +111,65 @@ def test_term_of_a_number_a_sequence_is_averaged_over_sequences() -> None:
     assert one[0]["loss"] == pytest.approx(-two[0]["loss"], rel=1e-5)
 
 
+def test_term_of_a_number_a_sequence_takes_no_reduction() -> None:
+    score = Component("score", lambda logp, mask: torch.where(mask, logp, 0.0).sum(1), ("logp", "mask"))
+    with pytest.raises(ConfigError) as error:
+        moved(Update([dataclasses.replace(score, reduce=REDUCTIONS["seq_sum"])], REDUCTIONS["token_mean"]))
+    assert str(error.value) == (
+        "loss 'score' is one number for each sequence, averaged over sequences; "
+        "`reduce: seq_sum` is for terms of one number for each token: leave it out"
+    )
+
+
+# --------------------------------------------------------------------------- groups
+def margin(logp: Tensor, mask: Tensor, group: Tensor, label: Tensor) -> Tensor:
+    """-log sigmoid of the pair's margin, for each of its two sequences: (N,)."""
+    score = label * torch.where(mask, logp, 0.0).sum(1)
+    return -torch.nn.functional.logsigmoid(0.1 * ((group[:, None] == group) * score).sum(1))
+
+
+PAIRED = Component("margin", margin, ("logp", "mask", "group", "label"))
+
+
+def paired(budget: int, order: list[int], minibatches: int = 1) -> tuple[dict[str, float], Tensor]:
+    """Loss, and the gradient that a step at lr 1 followed, of four pairs whose sequences differ in length."""
+    made = model()
+    before = weights(made)
+    batch = batch_of(made, 8).take(order)
+    batch["label"] = torch.tensor([1.0 - 2 * (i % 2) for i in order])
+    update = Update([PAIRED], REDUCTIONS["token_mean"], token_budget=budget, minibatches=minibatches)
+    metrics = TorchLearner(made, sgd(), lr=1.0 if minibatches == 1 else 0.0, total=1).step(batch, update, (0,))
+    return metrics, before - weights(made)
+
+
+MIXED_UP = [5, 0, 3, 6, 1, 4, 7, 2]
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+@pytest.mark.parametrize("order", [list(range(8)), MIXED_UP])
+def test_pairwise_loss_is_the_same_for_any_token_budget(budget: int, order: list[int]) -> None:
+    made = model()
+    batch = batch_of(made, 8)
+    logp = torch.where(batch["mask"], made.forward(batch, {"logp"})["logp"], 0.0).sum(1).detach()
+    expected = -torch.nn.functional.logsigmoid(0.1 * (logp[::2] - logp[1::2])).mean()
+    metrics, found = paired(budget, order)
+    assert metrics["loss"] == pytest.approx(float(expected), abs=1e-5)
+    torch.testing.assert_close(found, paired(10_000, list(range(8)))[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("minibatches", [2, 4, 9])
+def test_minibatches_keep_groups_whole(minibatches: int) -> None:
+    """Four pairs make equal minibatches, so the mean over them is the whole's; a pair cut in two would change it."""
+    whole, parts = paired(10_000, MIXED_UP)[0], paired(10_000, MIXED_UP, minibatches)[0]
+    assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+
+
+def test_a_watch_that_reads_group_keeps_groups_whole_too() -> None:
+    size = Component("group_size", lambda group, mask: mask * (group[:, None] == group).sum(1, keepdim=True), ("group", "mask"))
+    metrics, _ = moved(Update([NLL], REDUCTIONS["token_mean"], watch=[size], token_budget=1, minibatches=4), num=8)
+    assert metrics["group_size"] == 2.0
+
+
 def test_gradient_variance_changes_neither_loss_nor_gradient() -> None:
     plain, halved = (moved(Update([PG], REDUCTIONS["seq_mean"], grad_variance=on), num=8) for on in (False, True))
     assert halved[0]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-5)
@@ -126,6 +185,16 @@ def test_epochs_and_minibatches_count_optimiser_steps() -> None:
     assert learner.steps == 6
     learner.step(batch_of(made, 2), Update([NLL], REDUCTIONS["seq_mean"], epochs=1, minibatches=5), (0,))
     assert learner.steps == 8  # two rows make two parts
+
+
+def test_trained_tokens_are_counted_each_epoch() -> None:
+    made = model()
+    learner = TorchLearner(made, sgd(), lr=0.0, total=100)
+    batch = made.collate([episode(([10, 11], [20, 21, 22]), ([12], [23])), episode(([10], [20]))])
+    learner.step(batch, Update([NLL], REDUCTIONS["seq_mean"], epochs=3, minibatches=2, token_budget=1), (0,))
+    assert learner.tokens == 15
+    learner.step(batch, Update([NLL], REDUCTIONS["seq_mean"]), (0,))
+    assert learner.tokens == 20
 
 
 def test_metrics_are_means_over_minibatches() -> None:

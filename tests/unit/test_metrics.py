@@ -21,18 +21,6 @@ def groups(*rewards: list[float]) -> list[list[Episode]]:
     return [[sample(reward) for reward in group] for group in rewards]
 
 
-def test_parse():
-    assert metrics.parse("pass@8") == ("pass_at", {"k": 8})
-    assert metrics.parse("maj@4") == ("maj_at", {"k": 4})
-    assert metrics.parse("accuracy") == ("accuracy", {})
-
-
-@pytest.mark.parametrize("name", ["pass@", "pass@0", "pass@x", "pass@-1", "pass@2@3"])
-def test_parse_refuses(name):
-    with pytest.raises(ConfigError, match="after the @ stands the number of samples, as in pass@8"):
-        metrics.parse(name)
-
-
 def test_accuracy_leaves_out_what_could_not_be_scored():
     assert metrics.accuracy(groups([1.0], [1.0 - 1e-7], [0.999], [NAN])) == pytest.approx(2 / 3, abs=1e-12)
     assert math.isnan(metrics.accuracy(groups([NAN])))

@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 
-from rlx.plan import cycle, plan
-from rlx.types import ConfigError
+from rlx.plan import cycle, plan, without
+from rlx.types import ConfigError, Episode, Message, Task, Turn
 
+NO = np.zeros(0, np.int64)
 CONFIG = {
     "recipe": "x",
     "seed": 0,
@@ -94,3 +96,68 @@ def test_a_model_directory_of_this_machine(tmp_path, monkeypatch):
 def test_cycle_names_only_those_that_wait_for_one_another():
     inputs = {"a": ["b"], "b": ["c"], "c": ["b"], "d": []}
     assert cycle(inputs, ["a", "b", "c"]) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("task", "stages.task: @task already means the recipe's task; call the stage something else"),
+        ("../x", "stages: '../x': a stage's name is made of letters, digits, '_', '-' and '.', and begins with no '.'"),
+        (".x", "stages: '.x': a stage's name is made of letters, digits, '_', '-' and '.', and begins with no '.'"),
+        ("a b", "stages: 'a b': a stage's name is made of letters, digits, '_', '-' and '.', and begins with no '.'"),
+        ("a-1.b_c", None),
+    ],
+)
+def test_names_of_stages(name, message):
+    config = copy.deepcopy(CONFIG)
+    config["stages"][name] = copy.deepcopy(config["stages"]["sft"])
+    if message is None:
+        assert name in plan(config).stages
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan(config)
+    assert str(caught.value) == message
+
+
+def test_the_reward_verifier_is_the_tasks_own():
+    def paid(**task) -> list[float]:
+        config = changed("stages.rl.reward", [{"name": "verifier", "weight": 2.0}])
+        config["task"] = {"name": "arithmetic", "digits": 2, **task}
+        made = plan(config)
+        (reward,) = made.stages["rl"].reward
+        assert (reward.name, reward.weight) == ("verifier", 2.0)
+        told = Episode(Task((Message("user", "1+1="),), "2"), 0, [Turn(NO, NO, NO, said=Message("assistant", "so it is 2"))])
+        return reward.call([told])
+
+    assert paid() == [0.0]  # the whole answer has to be the number
+    assert paid(filler=2) == [1.0]  # the last number of the answer
+
+
+def test_the_reward_verifier_needs_a_task():
+    config = changed("stages.rl.reward", "verifier")
+    rows = {"name": "hub", "path": "owner/name"}
+    config |= {"task": None, "objective": "rl/reward"}
+    config["stages"] = {"rl": config["stages"]["rl"] | {"policy": None, "data": rows, "eval": None}}
+    with pytest.raises(ConfigError) as caught:
+        plan(config)
+    assert str(caught.value) == "stages.rl.reward: the recipe has no task, so it has no verifier; give task=NAME"
+
+
+def test_a_trusted_model_does_not_vouch_for_others():
+    config = changed("model", {"name": "a/b", "trust_remote_code": True})
+    with pytest.raises(ConfigError, match=r"^model\.trust_remote_code: would run code .* add --trust a/b$"):
+        plan(config)
+    config["stages"]["test"]["policies"]["other"] = "c/d"
+    with pytest.raises(ConfigError) as caught:
+        plan(config, trusted=["a/b"])
+    assert str(caught.value) == (
+        "stages.test.policies: with model.trust_remote_code this would run code that comes with the model; "
+        "to allow it add --trust c/d"
+    )
+    assert plan(config, trusted=["a/b", "c/d"]).model.settings["trust_remote_code"] is True
+
+
+def test_dropped_keys_leave_the_config_wherever_they_stood():
+    config = {"a": {"b": [{"x": 1, "y": 2}]}, "c": {"name": "n", "z": 3}}
+    assert without(config, ["a.b.0.x", "c.0.z"]) == {"a": {"b": [{"y": 2}]}, "c": {"name": "n"}}
+    assert config["c"]["z"] == 3

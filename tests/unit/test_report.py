@@ -85,6 +85,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> list[read.Run]:
     folder = tmp_path_factory.mktemp("runs") / "sweep"
     for job, (lr, seed) in enumerate([("3e-4", 0), ("3e-4", 1), ("3e-4", 2), ("1e-4", 0), ("1e-4", 1)]):
         fake_run(folder / str(job), lr=lr, seed=seed)
+    write_lines(folder / "jobs.jsonl", [{"job": job, "overrides": ["model=tiny"], "exit": int(job == 10)} for job in (0, 10)])
     fake_run(folder / "10", lr="1e-4", seed=2, status="failed", error="RuntimeError: loss is nan\n  at step 3")
     found = read.load(folder)
     assert isinstance(found, list)
@@ -197,6 +198,48 @@ def test_sweep_table(sweep):
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("rl/eval/accuracy", False),
+        ("rl/reward", False),
+        ("rl/reward/failures", True),
+        ("rl/reward/length", False),
+        ("rl/eval/length", True),
+        ("test/rl/wrong_length", True),
+        ("rl/eval/excess_length", True),
+        ("rl/grad_variance", True),
+        ("rl/truncated", True),
+        ("rm/loss/margin", True),
+        ("loss", True),
+        ("reward/loss", True),
+        ("entropy", False),
+    ],
+)
+def test_which_way_a_metric_is_better(metric, lower):
+    assert read.lower_is_better(metric) is lower
+
+
+def test_rows_keep_what_was_logged_without_a_value(tmp_path):
+    stages = {"rl": {"kind": "online"}, "test": {"kind": "evaluate"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / "run.json").write_text("{}")
+    rl = [{"step": 0, "x": 1.0}, {"step": 1, "x": None}, {"step": 2}, {"step": 3, "x": 3}]
+    test = [{"step": 0, "policy": "a", "x": None}, {"step": 0, "policy": "a/b", "x": 2.0}, {"step": 0, "policy": "c"}]
+    write_lines(tmp_path / "rl" / "metrics.jsonl", rl)
+    write_lines(tmp_path / "test" / "metrics.jsonl", test)
+    run = read.load_run(tmp_path)
+    names = ["rl/x", "test/a/x", "test/a/b/x", "test/c/x", "rl/y", "none/x"]
+    assert [str(read.rows(run, name)) for name in names] == ["[1.0, nan, 3.0]", "[nan]", "[2.0]", "[]", "[]", "[]"]
+    assert [read.value(run, name, "last") for name in names] == [3.0, None, 2.0, None, None, None]
+
+
+def test_what_was_spent_is_no_metric(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    write_lines(tmp_path / "rl" / "metrics.jsonl", [{"step": 1, "reward": 0.5, "spent/tokens": 9.0}])
+    assert tables.metric_names(read.load_run(tmp_path).stages[0]) == ["reward"]
+
+
 def test_headline_of_a_sweep_is_its_best_setting(sweep):
     assert str(tables.sweep_headline(sweep, "rl/eval/accuracy")) == (
         "rl/eval/accuracy, best of 2 settings: 93.6 +- 2.5 % (stages.rl.lr=3e-4, mean over 3 seeds with 95 % interval)"
@@ -298,8 +341,39 @@ def test_page_of_a_run_is_one_file_and_escapes_what_the_model_wrote(run):
 def test_page_of_a_sweep(sweep):
     html = page.write(sweep[0].path.parent).read_text()
     assert "sweep of 6: 5 finished, 1 failed" in html
+    assert f"Directory: {sweep[0].path.parent}<" in html
     assert "10 failed: RuntimeError: loss is nan" in html
     assert "stages.rl.lr=3e-4" in html
+
+
+def test_jobs_that_failed_before_their_run_began_are_rows_of_the_report(tmp_path):
+    jobs = [{"job": job, "overrides": ["recipe=grpo_math", f"stages.rl.lr={lr}"], "exit": 2} for job, lr in enumerate("ab")]
+    write_lines(tmp_path / "jobs.jsonl", [{**jobs[0], "exit": 0}, jobs[1]])
+    fake_run(tmp_path / "0")
+    html = page.write(tmp_path).read_text()
+    assert "sweep of 2: 1 finished, 1 failed" in html
+    assert "1 failed: before its run began; `rlx check` with its overrides says why" in html
+    # The run of an earlier start, which this job was refused to take up, is not its result.
+    write_lines(tmp_path / "jobs.jsonl", [jobs[0]])
+    html = page.write(tmp_path).read_text()
+    assert "sweep of 1: 1 failed" in html
+    assert "<h1>grpo_math</h1>" in html
+
+
+def test_a_folder_of_runs_that_no_sweep_made_is_called_runs(tmp_path):
+    fake_run(tmp_path / "mine")
+    fake_run(tmp_path / "yours")
+    assert ">2 runs: 2 finished<" in page.write(tmp_path).read_text()
+    (tmp_path / "multirun.yaml").touch()
+    assert ">sweep of 2: 2 finished<" in page.write(tmp_path).read_text()
+
+
+def test_page_of_an_interrupted_run_has_no_error(tmp_path):
+    run = fake_run(tmp_path / "run", status="interrupted", error="in stage 'rl'")
+    html = page.write(run).read_text()
+    assert "This run was interrupted in stage &#39;rl&#39;: the page shows what it logged until then." in html
+    assert "Error:" not in html
+    assert 'badge bad">interrupted' not in html
 
 
 def test_page_of_a_run_that_has_just_begun(tmp_path):
@@ -323,6 +397,15 @@ def test_a_stage_that_is_under_way_says_how_far_it_is(tmp_path):
     ]
     (tmp_path / "config.yaml").write_text("stages:")
     assert tables.final_table(read.load_run(tmp_path)).splitlines()[2] == "rl     -         3     -  0.5 -> 0.5"
+
+
+@pytest.mark.parametrize(("status", "said"), [("interrupted", "interrupted"), ("failed", "failed"), ("running", "begun")])
+def test_a_stage_that_logged_nothing_says_what_became_of_it(tmp_path, status, said):
+    (tmp_path / "config.yaml").write_text("stages: {sft: {kind: fit, steps: 2}, rl: {kind: online}}")
+    (tmp_path / "run.json").write_text(json.dumps({"status": status}))
+    (tmp_path / "sft").mkdir()
+    rows = [line.split() for line in tables.final_table(read.load_run(tmp_path)).splitlines()[2:]]
+    assert rows == [["sft", "fit", said, "-"], ["rl", "online", "not", "started", "-"]]
 
 
 def test_samples_shown_are_the_highest_and_lowest_in_reward(run):

@@ -1,5 +1,6 @@
 """Rewards by rule, and the worker that compares formulas."""
 
+import importlib
 import math
 import threading
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlx.rewards import latex, rules
-from rlx.types import ConfigError, DataError, Episode, Message, Task, Turn
+from rlx.rewards.score import score
+from rlx.types import Component, ConfigError, DataError, Episode, Message, Task, Turn
 
 
 def episode(completion: str = "", *, answer: object = "5", num_tokens: int = 0, **info: object) -> Episode:
@@ -123,3 +125,29 @@ def test_length():
 
 def test_constant_is_the_same_for_every_episode():
     assert rules.constant([episode("1"), episode("22")], value=5.0) == [5.0, 5.0]
+
+
+# --------------------------------------------------------------------------- a reward that raises
+def test_a_reward_that_raises_is_named_with_its_line_and_the_prompt(tmp_path, monkeypatch):
+    """The line is that of the reward's file, also where a library raises."""
+    (tmp_path / "a_reward.py").write_text(
+        "import json\n\n\ndef score(episodes):\n    return [worth(e) for e in episodes]\n\n\n"
+        "def worth(episode):\n    return json.loads(episode.completion)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = Component("score", importlib.import_module("a_reward").score)
+    with pytest.raises(ConfigError) as caught:
+        score([episode("5"), episode("five")], [reward], "stages.rl.reward")
+    assert str(caught.value) == (
+        "stages.rl.reward: reward 'score' raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
+        "(a_reward.py line 9, on the prompt '2+3=')"
+    )
+
+
+def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():
+    long = Episode(Task((Message("user", "1+" * 40),)), group=0)
+    with pytest.raises(ConfigError) as caught:
+        score([long], [Component("none", lambda episodes: None)], "stages.rl.reward")
+    assert str(caught.value) == (
+        f"stages.rl.reward: reward 'none' raised TypeError: 'NoneType' object is not iterable (on the prompt '{'1+' * 30}...')"
+    )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlx import advantages, filters, metrics
+from rlx.build import Binder
 from rlx.envs.single import SingleTurn
 from rlx.health import health
 from rlx.losses import likelihood
@@ -327,6 +328,16 @@ def test_best_checkpoint_and_patience(tmp_path: Path, kind: str) -> None:
     assert same(weights(tmp_path / "s" / "out"), weights(folder / "step-000003"))
 
 
+def test_best_of_a_metric_of_which_less_is_better(tmp_path: Path) -> None:
+    script = iter([0.5, 0.1, 0.3, 0.2])
+    length = Component("length", lambda groups: next(script), ("greedy",))
+    stage = fit(steps=9, eval=Eval(data=TRAIN, metrics=[length], every=1, patience=2), checkpoint_every=1)
+    stage.run(context(tmp_path, "s", objective="eval/length"))
+    folder = tmp_path / "s" / "checkpoints"
+    assert [row["step"] for row in record(tmp_path, "s")] == [0, 1, 2, 3]
+    assert same(weights(folder / "best"), weights(folder / "step-000001"))
+
+
 def test_the_start_may_be_the_best(tmp_path: Path) -> None:
     measured = Eval(data=TRAIN, metrics=[scripted(0.9, 0.5)])
     fit(eval=measured).run(context(tmp_path, "s", objective="eval/scripted"))
@@ -345,6 +356,30 @@ def test_every_evaluation_is_logged(tmp_path: Path, kind: str) -> None:
         (4, False),
         (5, True),
     ]
+
+
+def test_fit_counts_what_it_has_spent(tmp_path: Path) -> None:
+    fit(steps=5, rows_per_step=8, log_every=4, eval=Eval(data=TRAIN, metrics=[ACCURACY])).run(context(tmp_path, "s"))
+    # the answers of the 8 rows have 13 digits and 8 ends
+    assert spent(record(tmp_path, "s")) == [(0, 0, 0, 0), (4, 4, 0, 84), (5, 5, 0, 105)]
+
+
+def test_online_counts_what_it_has_spent(tmp_path: Path) -> None:
+    """A step that keeps nothing samples all the same; each epoch trains on its tokens again."""
+
+    def first_step_only(episodes: list[Episode]) -> list[float]:
+        calls.append(episodes)
+        return by_sample(episodes) if len(calls) <= 4 else [0.5] * len(episodes)
+
+    calls: list[list[Episode]] = []
+    stage = online(first_step_only, steps=3, keep=[MIXED], refill=1, epochs=3, minibatches=2, log_every=3)
+    stage.run(context(tmp_path, "s"))
+    tokens = 3 * sum(e.num_tokens for group in calls[:4] for e in group)
+    assert spent(record(tmp_path, "s")) == [(3, 6, 16 + 32 + 32, tokens)]
+
+
+def spent(rows: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    return [tuple(row[key] for key in ("step", "spent/updates", "spent/rollouts", "spent/tokens")) for row in rows]
 
 
 def test_references_name_weights_of_earlier_stages(tmp_path: Path) -> None:
@@ -376,13 +411,67 @@ def test_evaluate_measures_each_policy_on_the_same_tasks(tmp_path: Path) -> None
     assert rows[1]["accuracy/low"] == pytest.approx(0.6756, abs=1e-4)  # Wilson: 8 / (8 + 1.96^2)
 
 
+def test_tasks_that_cannot_be_scored_do_not_count(tmp_path: Path) -> None:
+    tiny(**SIZES).save(tmp_path / "start")
+
+    def measured(name: str, unscored: set[int]) -> dict[str, Any]:
+        verify = Component("half", lambda es: [math.nan if e.group in unscored else 1.0 for e in es])
+        refs = {"start": ModelRef(path=str(tmp_path / "start"))}
+        stage = Evaluate(policies=refs, data=TRAIN, metrics=[ACCURACY], verifier=verify)
+        stage.run(context(tmp_path, name))
+        return record(tmp_path, name)[0]
+
+    half = measured("half", {0, 1, 2, 3})
+    assert (half["accuracy"], half["n"], half["accuracy/high"]) == (1.0, 4, 1.0)
+    assert half["accuracy/low"] == pytest.approx(0.5101, abs=1e-4)  # Wilson: 4 / (4 + 1.96^2)
+    none = measured("none", set(range(8)))
+    assert (none["accuracy"], none["n"], none["accuracy/low"], none["accuracy/high"]) == (None, 0, 0.0, 1.0)
+
+
+def test_sampled_evaluation_cuts_the_tail(tmp_path: Path) -> None:
+    """From the likeliest token alone, sampling is greedy decoding."""
+    pass_at = Component("pass@4", partial(metrics.pass_at, k=4), ("sampled",), settings={"k": 4})
+
+    def said(**settings: Any) -> list[set[str]]:
+        ctx = context(tmp_path, "s")
+        groups = evaluate(ctx.policy(None), Eval(data=TRAIN, **settings), ctx)[1]
+        return [{e.completion for e in group} for group in groups]
+
+    greedy = said(metrics=[ACCURACY])
+    assert said(metrics=[pass_at], top_k=1) == said(metrics=[pass_at], top_p=1e-6) == greedy
+    assert said(metrics=[pass_at]) != greedy
+
+
+def test_mistakes_in_what_is_measured() -> None:
+    pass_at = Component("pass@8", partial(metrics.pass_at, k=8), ("sampled",), settings={"k": 8})
+    wrong = {"data": TRAIN, "metrics": [ACCURACY, pass_at], "samples": 4, "top_k": -1, "top_p": 0.0}
+    lines = [
+        "top_k: expected 0 (all tokens) or more, got -1",
+        "top_p: expected more than 0 and at most 1, got 0.0",
+        "samples: metric 'pass@8' needs at least 8 samples of each task, got 4",
+    ]
+    assert Evaluate(policies={}, **wrong).problems() == lines
+    assert fit(eval=Eval(**wrong)).problems() == [f"eval.{line}" for line in lines]
+    assert online(by_sample, eval=Eval(**wrong)).problems() == [f"eval.{line}" for line in lines]
+    assert Evaluate(policies={}, data=TRAIN, metrics=[ACCURACY, pass_at], samples=8).problems() == []
+
+
+@pytest.mark.parametrize("key", ["every", "patience"])
+def test_evaluate_takes_no_key_of_evaluation_during_training(key: str) -> None:
+    binder = Binder()
+    node = {"policies": {"rl": "@rl"}, "data": "@task/test", "metrics": ["accuracy"], key: 2}
+    assert binder.record(Evaluate, "stage kind 'evaluate'", node, "stages.test") is None
+    known = "data, metrics, samples, temperature, top_k, top_p, max_new_tokens, limit, verifier, policies"
+    assert binder.errors == [f"stages.test.{key}: stage kind 'evaluate' takes no '{key}' (known: {known})"]
+
+
 def test_evaluation_depends_on_the_policy_and_the_seed_alone(tmp_path: Path) -> None:
     pass_at = Component("pass@4", partial(metrics.pass_at, k=4), ("sampled",), settings={"k": 4})
     alone = Eval(data=TRAIN, metrics=[ACCURACY, pass_at], limit=3)
     said = []
     for name in ("one", "two"):
         ctx = context(tmp_path, name)
-        said.append([e.completion for e in evaluate(ctx.policy(None), alone, ctx)[1]])
+        said.append([e.completion for group in evaluate(ctx.policy(None), alone, ctx)[1] for e in group])
     assert said[0] == said[1]
     assert len(said[0]) == 3
 

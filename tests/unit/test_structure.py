@@ -48,7 +48,7 @@ compose
 stages
 check memory probes
 first_batch run
-claims
+claims graph
 reproduce
 result evaluate
 app

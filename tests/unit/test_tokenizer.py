@@ -166,6 +166,20 @@ def test_template_that_marks_nothing_trains_on_nothing() -> None:
     assert made.num_tokens == 0
 
 
+def test_end_token_after_the_markers_is_trained_on() -> None:
+    """Some templates mark the text alone; a policy that never trains on the end token would not learn to stop."""
+    marked = "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n"
+    template = CHATML.replace(
+        "{{ message['content'] }}<|im_end|>\n",
+        "{% if message['role'] == 'assistant' %}" + marked + "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}",
+    )
+    made = chatml(template)
+    talk = demo([user("1+1="), bot("3"), user("No.")], (bot("2"), (user("2+2="),)), bot("4"))
+    turns, plain = made.tokenize(talk).turns, chatml().tokenize(talk).turns
+    assert ["".join(made.pieces(turn.did)) for turn in turns] == ["2<|im_end|>", "4<|im_end|>"]
+    assert [turn.seen.tolist() for turn in turns] == [turn.seen.tolist() for turn in plain]
+
+
 def test_markers_are_found_with_and_without_spaces() -> None:
     tight = byte_tokenizer().chat_template.replace("{% generation %}", "{%- generation -%}").replace("% endgen", "%- endgen")
     assert shown(policy(tight), demo([user("a")], bot("b"))) == [("<|user|>a<|assistant|>", "b<|end|>")]

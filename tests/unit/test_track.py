@@ -98,3 +98,16 @@ def test_a_policy_gradient_loss_is_never_the_headline():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.9, "1:01"), (3725, "1:02:05")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_health_is_told_the_history_before_the_step(tmp_path):
+    told = []
+
+    def health(stage, metrics, history):
+        told.append((metrics["reward"], [row["reward"] for row in history]))
+        return []
+
+    out = Log(tmp_path, "rl", display=Lines(0.0), tracker=NoTracker(), health=health)
+    for step in (1, 2, 3):
+        out.step(step, {"reward": step / 2}, [])
+    assert told == [(0.5, []), (1.0, [0.5]), (1.5, [0.5, 1.0])]
