@@ -351,8 +351,10 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
     for key in ("common", "arms"):  # what a claim's arms change is held to the same sizes, without a word
         cap(claim.get(key) or {} if isinstance(claim, dict) else {}, f"claim.{key}")
     for stage in stages.values():
-        unset = (caps.get("unset") or {}).get(stage.get("kind"), {}) if isinstance(stage, dict) else {}
-        for key, value in unset.items():
+        kind = stage.get("kind") if isinstance(stage, dict) else None
+        for key, value in ((caps.get("set") or {}).get(kind) or {}).items():
+            stage[key] = value
+        for key, value in ((caps.get("unset") or {}).get(kind) or {}).items():
             stage.setdefault(key, value)
         if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
             for key, value in ((caps.get("unset") or {}).get("evaluate") or {}).items():

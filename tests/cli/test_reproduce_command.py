@@ -56,7 +56,7 @@ def test_a_claim_and_its_verdicts(rlx):
     assert "\n| arm | more/loss | steps | rollouts |\n" in page
     assert "\n![Curves of every arm and seed](claimed.png)\n" in page
     assert "`rlx reproduce claimed scale=smoke --jobs 2 --out docs/results --recipes mine`" in page
-    assert f"by code `{code_hash()}` with settings `" in page
+    assert f"by code `{code_hash()}`, settings `" in page
     assert Path("docs/results/claimed.png").read_bytes().startswith(b"\x89PNG")
     found = data("docs/results")
     assert (found["verdict"], found["seeds"], found["tuned"]) == ("reproduced", [0, 1, 2], {"method": {}, "frozen": {}})

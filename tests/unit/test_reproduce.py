@@ -223,7 +223,7 @@ def test_a_stage_that_fails_is_told_with_the_end_of_its_log_and_what_follows_is_
     with pytest.raises(ConfigError) as caught:
         execute([wrong, after, wrong], tmp_path, 2)
     first, *shown = str(caught.value).splitlines()
-    assert first == f"stage base-0 failed; its log is {tmp_path}/stages/base-0/log.txt:"
+    assert first == f"stage base-0 failed (exit status 1); its log is {tmp_path}/stages/base-0/log.txt:"
     assert shown[-1].startswith("rlx.types.ConfigError: stages.base.kind: no stage kind is called 'fitt'; did you mean 'fit'?")
     assert len(shown) == 8
     assert capsys.readouterr().out == "2 stages to run, 0 done before\n"
