@@ -59,7 +59,7 @@ def checks(result: Result) -> list[str]:
     """A row a check: mean, 95 % interval and every seed."""
     lines = ["| check | mean | 95 % interval | each seed | holds |", "|---|---|---|---|---|"]
     for o in result.outcomes:
-        mean, half = mean_interval(o.values)
+        mean, half = interval(o.values)
         holds = (
             "no value"
             if math.isnan(mean)
@@ -76,6 +76,11 @@ def checks(result: Result) -> list[str]:
     return lines
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval; nan where a value is missing."""
+    return (math.nan, math.nan) if any(map(math.isnan, values)) else mean_interval(values)
+
+
 def arms(result: Result) -> list[str]:
     """A row an arm: the checked and shown values (mean and half of the 95 % interval over seeds) and what was spent."""
     columns = result.claim.columns
@@ -84,7 +89,7 @@ def arms(result: Result) -> list[str]:
     for arm in result.claim.names:
         cells = []
         for metric, at in columns:
-            mean, half = mean_interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
+            mean, half = interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
             cells.append("-" if math.isnan(mean) else f"{mean:.3f} +- {half:.3f}")
         total = spent(result.runs[arm, result.seeds[0]])
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
@@ -113,7 +118,7 @@ def published(config: Mapping[str, Any], result: Result) -> list[str]:
     for r in rows:
         ours = "-"
         if r.get("ours"):
-            mean, half = mean_interval([value_at(result.runs[METHOD, s], r["ours"], "last") for s in result.seeds])
+            mean, half = interval([value_at(result.runs[METHOD, s], r["ours"], "last") for s in result.seeds])
             ours = f"{100 * mean:.1f} +- {100 * half:.1f}"
         cells = [r["setting"], r["metric"], r.get("control", "-"), r["method"], ours, r["source"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
