@@ -33,6 +33,7 @@ GROUP_OF: dict[Any, str] = {
     t.Data: "data",
     t.Model: "model",
     t.Optim: "optim",
+    t.Backend: "llm",
 }
 # Keys that the framework takes out of a component's node before the rest is bound to its signature.
 FRAMEWORK: dict[str, dict[str, Any]] = {
@@ -47,6 +48,8 @@ FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 # `pass@8` is a name and a number; an @ in the path of a file of the user's is not.
 NUMBERED = re.compile(r"(.+)@(\w*)")
+# What a language model computes, besides its heads.
+LANGUAGE = frozenset({"logp", "entropy"})
 # A list of known names longer than this is cut to the nearest dozen.
 MANY, NEAREST = 30, 12
 WORDS = {
@@ -132,10 +135,11 @@ class Binder:
     def record(self, cls: Any, what: str, node: Mapping[str, Any], path: str) -> Any:
         """A mapping -> the dataclass `cls`, field by field."""
         node = {key: value for key, value in node.items() if value is not None}
-        params = {f.name: Param(*hint_and_default(cls, f)) for f in dataclasses.fields(cls)}
+        names = {f.name.removesuffix("_"): f.name for f in dataclasses.fields(cls)}  # `from` and `as` are words of Python
+        params = {f.name.removesuffix("_"): Param(*hint_and_default(cls, f)) for f in dataclasses.fields(cls)}
         before = len(self.errors)
         settings = self.keywords(what, params, node, path, list(params))
-        return None if len(self.errors) > before else cls(**settings)
+        return None if len(self.errors) > before else cls(**{names[key]: value for key, value in settings.items()})
 
     def keywords(
         self, what: str, params: Mapping[str, Param], node: Mapping[str, Any], path: str, known: Sequence[str]
@@ -167,14 +171,17 @@ class Binder:
             return self.component(GROUP_OF[args[0]], value, path)
         if hint_ is t.ModelRef:
             return self.model_ref(value, path)
+        if hint_ in (t.Policy, t.TextPolicy):
+            return t.ModelName(self.scalar(str, value, path) or "")
         if hint_ is t.DataRef:
             if isinstance(value, str) and value.startswith("@task/"):
                 return t.DataRef(split=value.removeprefix("@task/"))
             if isinstance(value, str) and value.startswith("@"):
-                self.errors.append(
-                    f"{path}: expected @task/SPLIT or a data set such as {{name: jsonl, path: FILE}}, got {value!r}"
-                )
-                return None
+                if re.search("[/:]", value):
+                    self.errors.append(
+                        f"{path}: expected @task/SPLIT or a data set such as {{name: jsonl, path: FILE}}, got {value!r}"
+                    )
+                return t.DataRef(stage=value[1:])
             return t.DataRef(source=self.component("data", value, path))
         if dataclasses.is_dataclass(hint_):
             if not isinstance(value, Mapping):
@@ -215,7 +222,7 @@ class Binder:
         return None
 
     def union(self, members: list[Any], value: Any, path: str) -> Any:
-        """The first member that takes the value; if none does, what the first one says."""
+        """The first member that takes the value; if none does, what the first one says (of a mapping, a record)."""
         said: list[list[str]] = []
         for member in members:
             trial = dataclasses.replace(self, errors=[], notices=[], dropped=[])
@@ -225,11 +232,12 @@ class Binder:
                 self.dropped += trial.dropped
                 return bound
             said.append(trial.errors)
-        self.errors += said[0]
+        records = [i for i, member in enumerate(members) if isinstance(value, Mapping) and is_record(member)]
+        self.errors += said[records[0] if records else 0]
         return None
 
     def model_ref(self, value: Any, path: str) -> t.ModelRef | None:
-        """`@stage`, `@stage:best`, `@stage:step=80`, a directory or a hub id."""
+        """`@stage`, `@stage:best`, `@stage:step=80`, `@stage:20%`, each with `/model`; a directory or a hub id."""
         if not isinstance(value, str) or not value:
             self.errors.append(f"{path}: expected @stage, a directory or a hub id, got {value!r}")
             return None
@@ -240,9 +248,11 @@ class Binder:
                 )
             return t.ModelRef(path=value)
         stage, _, pick = value[1:].partition(":")
-        if pick and pick != "best" and not (pick.startswith("step=") and pick[5:].isdigit()):
-            self.errors.append(f"{path}: {value!r} asks for {pick!r}; known: @{stage}, @{stage}:best, @{stage}:step=80")
-        return t.ModelRef(stage=stage, pick=pick or "last")
+        if pick and pick != "best" and not re.fullmatch(r"step=\d+|\d+(\.\d+)?%", pick):
+            known = f"@{stage}, @{stage}:best, @{stage}:step=80, @{stage}:20%"
+            self.errors.append(f"{path}: {value!r} asks for {pick!r}; known: {known}")
+        stage, _, name = stage.partition("/")
+        return t.ModelRef(stage=stage, pick=pick or "last", name=name or "policy")
 
     def locate(self, group: str, name: str, path: str) -> Callable[..., Any] | None:
         """The function or class of a name. Code from outside the catalogue runs only where the user trusts it by name."""
@@ -276,6 +286,17 @@ class Binder:
         """Whether the user wrote the value of a path, or one that holds it."""
         parts = path.split(".")
         return any(".".join(parts[: i + 1]) in self.given for i in range(len(parts)))
+
+
+def is_record(hint_: Any) -> bool:
+    """Whether a type is written as a mapping of its fields."""
+    return dataclasses.is_dataclass(hint_) and hint_ not in (t.ModelRef, t.DataRef)
+
+
+def model_offers(model: t.Component[t.Model] | None) -> frozenset[str]:
+    """What a model of the catalogue computes: its function's `offers`, else what a language model does."""
+    found: frozenset[str] = getattr(getattr(model and model.call, "func", None), "offers", LANGUAGE)
+    return found
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "length": "rlx.rewards.rules:length",
         "constant": "rlx.rewards.rules:constant",
         "reward_model": "rlx.rewards.model:reward_model",
+        "env": "rlx.rewards.env:env",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
@@ -87,4 +88,5 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "optim": {
         "adamw": "rlx.optim:adamw",
     },
+    "llm": {},
 }

@@ -3,64 +3,101 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlx.learner import reduced
+from rlx.build import model_offers
+from rlx.learner import count, marked, mask_of, reduced
 from rlx.plan import Plan
-from rlx.stages.online import credit
-from rlx.types import FIELDS, Batch, ConfigError, Counts
+from rlx.stages.fields import reads
+from rlx.stages.models import ModelSpec, offers
+from rlx.stages.prepare import credit
+from rlx.types import FIELDS, HEADS, Batch, ConfigError
 
-GROUPS, SIZE, LENGTH = 3, 4, 6
+GROUPS, SIZE, LENGTH, TURNS = 3, 4, 6, 3
 
 
-def generated_batch(names: set[str]) -> Batch:
-    """Three groups of four sequences of unequal length, every field of `names` filled with plausible numbers."""
+def generated_batch(shapes: Mapping[str, str]) -> Batch:
+    """Three groups of four sequences of unequal length and up to three turns, every field filled with plausible numbers.
+
+    `shapes` maps the names of the fields that are wanted besides those of every batch to their shapes.
+    """
     draw = torch.Generator().manual_seed(0)
     n = GROUPS * SIZE
     lengths = torch.randint(1, LENGTH + 1, (n,), generator=draw)
-    mask = torch.arange(LENGTH)[None] < lengths[:, None]
+    at = torch.arange(LENGTH)[None]
+    mask = at < lengths[:, None]
+    turn = torch.where(mask, at * TURNS // lengths[:, None], -1)
     ret = torch.randint(0, 2, (n,), generator=draw).float()
     ret[:2] = torch.tensor([0.0, 1.0])  # at least one group has signal
     last = torch.nn.functional.one_hot(lengths - 1, LENGTH).bool()
+    turn_mask = torch.stack([(turn == k).any(1) for k in range(TURNS)], 1)
+    final = torch.nn.functional.one_hot(turn.amax(1), TURNS).float()
     fields = {
         "mask": mask,
         "ret": ret,
         "reward": torch.where(last, ret[:, None], 0.0),
         "label": torch.tensor([1.0, -1.0] * (n // 2)),
         "group": torch.arange(GROUPS).repeat_interleave(SIZE),
+        "agent": torch.arange(n) % 2,
+        "fresh": torch.arange(n) % 4 == 3,
+        "bootstrap": torch.zeros(n),
+        "turn": turn,
+        "turn_mask": turn_mask,
+        "turn_reward": final * ret[:, None],
+        "turn_done": final,
     }
-    for name in sorted(names - set(fields)):
-        shape = (n, LENGTH) if FIELDS[name].shape == "N,T" else (n,)
-        value = torch.randn(shape, generator=draw) * 0.3
+    sizes = {"N,T": (n, LENGTH), "N,K": (n, TURNS), "N": (n,)}
+    for name in sorted(set(shapes) - set(fields)):
+        value = torch.randn(sizes[shapes[name]], generator=draw) * 0.3
         fields[name] = value - 2.0 if "logp" in name else value.abs() if name == "entropy" else value
-    return Batch(fields, [], [])
+    return Batch(fields, [])
+
+
+def shapes_of(names: set[str], stage: Any) -> dict[str, str]:
+    """The shape of each field: as FIELDS or the stage's heads say of it, or of what it is a model's; else (N,T)."""
+    heads = {name: HEADS[at] for spec in stage.specs().values() for name, at in spec.heads.items()}
+    known = {name: field.shape for name, field in FIELDS.items()} | heads | dict.fromkeys(stage.columns, "N")
+    found = {}
+    for name in names:
+        tail = next((known[k] for k in sorted(known, key=len, reverse=True) if name == k or name.endswith("_" + k)), "N,T")
+        found[name] = tail
+    return found
+
+
+def parts_of(stage: Any) -> list[tuple[str, Any]]:
+    """(dotted part, what holds loss, derive, ...) for each update of a stage; one without a loss has none."""
+    if hasattr(stage, "all_updates"):
+        return [(f".updates.{name}" if name else "", update) for name, update in stage.all_updates().items()]
+    return [("", stage)] if hasattr(stage, "loss") else []
 
 
 def components(plan: Plan) -> list[str]:
     """Call every bound loss, advantage, derive, reduction and watch of a plan on a generated batch; a line for each mistake."""
     found: list[str] = []
     for name, stage in plan.stages.items():
-        loss, watch = getattr(stage, "loss", []), getattr(stage, "watch", [])
-        derive, advantage = getattr(stage, "derive", []), getattr(stage, "advantage", [])
-        names = {r for c in [*loss, *watch, *derive, *advantage] for r in c.reads} | {"logp"}
-        batch = generated_batch(names & set(FIELDS))
-        before, at = len(found), f"stages.{name}"
-        for d in derive:
-            found += attempt(f"{at}.derive: {d.name!r}", partial(derived, batch, d))
-        for a in advantage:
-            found += attempt(f"{at}.advantage: {a.name!r}", partial(value, batch, a))
-        if len(found) > before:  # the losses would read what these did not write
-            continue
-        credit(batch, [], advantage)
-        for term in loss:
-            found += attempt(f"{at}.loss: {term.name!r}", partial(gradient, batch, term, stage))
-        for w in watch:
-            found += attempt(f"{at}.watch: {w.name!r}", partial(value, batch, w))
+        for part, update in parts_of(stage):
+            loss, watch = update.loss, update.watch
+            derive, advantage = update.derive or [], getattr(update, "advantage", None) or []
+            batch = generated_batch(shapes_of(reads(loss, watch, derive, advantage) | {"logp"}, stage))
+            before, at = len(found), f"stages.{name}{part}"
+            for d in derive:
+                found += attempt(f"{at}.derive: {d.name!r}", partial(derived, batch, d))
+            for a in advantage:
+                found += attempt(f"{at}.advantage: {a.name!r}", partial(value, batch, a))
+            if len(found) > before:  # the losses would read what these did not write
+                continue
+            credit(batch, [], advantage)
+            specs: dict[str, ModelSpec] = getattr(stage, "specs", dict)()
+            trained = offers(getattr(update, "train", "policy"), specs, model_offers(plan.model))
+            for term in loss:
+                found += attempt(f"{at}.loss: {term.name!r}", partial(gradient, batch, term, update, trained))
+            for w in watch:
+                found += attempt(f"{at}.watch: {w.name!r}", partial(value, batch, w))
     return found
 
 
@@ -85,23 +122,26 @@ def value(batch: Batch, component: Any, what: str) -> list[str]:
 
 
 def finite(x: Tensor, batch: Batch, what: str) -> list[str]:
-    """(N,T) or (N,), finite where the mask is True."""
-    mask = batch["mask"]
-    if x.shape not in (mask.shape, mask.shape[:1]):
-        return [f"{what} has shape {tuple(x.shape)}; {tuple(mask.shape)} or {tuple(mask.shape[:1])} is expected"]
-    inside = x[mask] if x.dim() == 2 else x
+    """(N,T), (N,K) or (N,), finite where the mask is True; or one number for each group."""
+    masks = [batch["mask"], batch["turn_mask"]]
+    shapes = [m.shape for m in masks] + [masks[0].shape[:1], torch.Size([GROUPS]), torch.Size([])]
+    if x.shape not in shapes:
+        return [f"{what} has shape {tuple(x.shape)}; {tuple(masks[0].shape)} or {tuple(masks[0].shape[:1])} is expected"]
+    inside = next((x[m] for m in masks if m.shape == x.shape), x)
     return [] if torch.isfinite(inside).all() else [f"{what} is not finite on a batch of plausible numbers"]
 
 
-def gradient(batch: Batch, term: Any, stage: Any, what: str) -> list[str]:
-    """One loss term: right shape, finite, and a gradient that is not zero."""
-    leaves = {r: batch[r].clone().requires_grad_() for r in ("logp", "entropy") if r in term.reads}
-    fields = {**batch, **leaves}
+def gradient(batch: Batch, term: Any, update: Any, trained: set[str], what: str) -> list[str]:
+    """One loss term: right shape, finite, and a gradient by what the model in training computes that is not zero."""
+    leaves = {r: batch[r].clone().requires_grad_() for r in trained if r in term.reads}
+    stated = marked(term.call, "state")
+    state = {stated[0]: torch.tensor(stated[1])} if stated else {}
+    fields = {**batch, **leaves, **state}
     found = finite(term.call(*(fields[r] for r in term.reads)).detach(), batch, what)
     if found or not leaves:
-        return found or [f"{what} reads nothing that the policy computes, so it trains nothing"]
-    counts = Counts(float(batch["mask"].sum()), float(len(batch["mask"])))
-    total = reduced(term, fields, stage.reduce, counts)
+        return found or [f"{what} reads nothing that the model in training computes, so it trains nothing"]
+    mask = mask_of(term)
+    total = reduced(term, fields, update.reduce, count(batch[mask], batch["group"]))
     size = sum(
         float(g.abs().sum()) for g in torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if g is not None
     )

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlx.types import Episode, Status
+from rlx.types import Component, Episode, Keep, Status
+
+
+def chain(episodes: list[Episode], keep: Sequence[Component[Keep]]) -> list[Episode]:
+    """What is left after each filter in turn."""
+    for each in keep:
+        episodes = each.call(episodes)
+    return episodes
 
 
 def mixed_groups(episodes: list[Episode]) -> list[Episode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from rlx import memory, probes
-from rlx.learner import reduced, score, units
+from rlx.learner import mask_of, reduced, step_counts, units
 from rlx.memory import Sizes
 from rlx.models.language import LanguageModel
 from rlx.models.load import outline, pretrained, shrunken
@@ -24,8 +25,12 @@ from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
 from rlx.stages.fit import Fit, shuffled, tokenized
-from rlx.stages.online import Online, average, credit
-from rlx.types import Batch, Component, ConfigError, Counts, DataError, Episode, Model, ModelRef, Sampling
+from rlx.stages.models import ModelSpec, with_models
+from rlx.stages.online import Online
+from rlx.stages.prepare import columns as add_columns
+from rlx.stages.prepare import credit, fill
+from rlx.stages.summary import average
+from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
 
 ROWS = 4  # rows of a fit, or prompts of an online stage, that go through the model
 NEW_TOKENS = 64  # the longest rollout
@@ -42,7 +47,8 @@ class Models:
     def get(self, ref: ModelRef | None) -> tuple[LanguageModel, Sizes]:
         """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
         while ref is not None and ref.stage:
-            ref = None if ref.stage == "model" else getattr(self.plan.stages[ref.stage], "policy", None)
+            source = self.plan.stages.get(ref.stage)
+            ref = source.specs()["policy"].from_ if isinstance(source, Fit | Online) else None
         name = ref.path if ref is not None else ""
         if name not in self.made:
             model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)
@@ -50,6 +56,15 @@ class Models:
             small.engine = generate
             self.made[name] = small, memory.sizes(outline(model))
         return self.made[name]
+
+    def of(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+        """A shrunken model, with its heads, for each model of a stage."""
+        found = {}
+        for name, spec in specs.items():
+            start = specs.get(spec.ema, spec)
+            made = copy.copy(self.get(start.from_)[0])
+            found[name] = made.with_heads(start.heads, 0) if start.heads else made
+        return found
 
 
 def at_path(settings: Mapping[str, Any], path: str) -> Component[Model]:
@@ -99,10 +114,10 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     yield f"longest row: {longest} tokens; max_length {stage.max_length or 'not set'}, the model's context {real.context}"
     if real.context is not None and longest > real.context:
         raise ConfigError(f"{where}.max_length: a row has {longest} tokens and the model's context {real.context}; set it")
-    yield losses(stage, model, model.collate(first[:ROWS]), where)
+    yield from losses(stage, models, first[:ROWS], where)
     prompt = max(len(row.turns[0].seen) for row in made)
     answer = max(num_tokens(row) - len(row.turns[0].seen) for row in made)
-    reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.watch) else None
+    reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.watch, stage.derive) else None
     yield from memory.estimate(
         real, reference, rows=stage.rows_per_step, prompt=prompt, answer=answer, budget=stage.token_budget
     )
@@ -113,8 +128,12 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     where = f"stages.{at.name}"
     rows = at.data(stage.data)
     yield f"{columns(rows)}"
-    model, real = models.get(stage.policy)
+    specs = stage.specs()
+    model, real = models.get(specs["policy"].from_)
     first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
+    if not hasattr(model, "render"):
+        yield f"first batch: {len(first)} tasks; the policy does not speak, so there are no tokens to look at"
+        return
     prompts = [len(model.render(at.make_env().reset(row.task))) for row in first]
     limit, longest = at.max_new_tokens(stage.max_new_tokens), max(prompts)
     yield f"first batch: {len(first)} prompts of {spread(prompts)} tokens; answers of at most {limit}"
@@ -123,14 +142,24 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
             f"{where}.max_new_tokens: {limit} after a prompt of {longest} tokens exceed the model's context of {real.context}"
         )
     cut = min(limit, NEW_TOKENS)
-    played = stage.sampler.call(
-        model, at.make_env, first[:ROWS], stage.group_size, Sampling(cut, stage.temperature), at.seeds(1, 0)
+    loaded = models.of(specs)
+    rewards = [with_models(reward, loaded) for reward in stage.reward]
+    play = Play(
+        policy=loaded["policy"],
+        make_env=at.make_env,
+        sampling=Sampling(cut, stage.temperature),
+        seed=at.seeds(1, 0),
+        make_vec=at.make_vec,
+        models=loaded,
+        score=functools.partial(pay, rewards=rewards, where=f"{where}.reward"),
+        pools={name: [] for name in stage.buffers},
     )
+    played = with_models(stage.sampler, loaded).call(play, first[:ROWS], stage.group_size)
     for episode in played:
         episode.info["max_new_tokens"] = limit  # what a reward is told, whatever they are cut at here
-    pay(played, stage.reward, f"{where}.reward")
+    pay(played, rewards, f"{where}.reward")
     made = probes.completions(first[0], model, limit)
-    pay(list(made.values()), stage.reward, f"{where}.reward")
+    pay(list(made.values()), rewards, f"{where}.reward")
     label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} tokens" if cut < limit else "")
     yield from probes.table(stage.reward, made, played, label)
     scored = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
@@ -138,8 +167,9 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         yield f"reward failures: {len(played) - len(scored)} of {len(played)} rollouts could not be scored"
     if not scored:
         raise ConfigError(f"{where}.reward: none of {len(played)} rollouts could be scored")
-    yield losses(stage, model, model.collate(scored), where)
-    reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.derive, stage.watch) else None
+    yield from losses(stage, models, scored, where)
+    wanted = {name for u in stage.all_updates().values() for name in reads(u.loss, u.derive or [], u.watch)}
+    reference = models.get(stage.reference)[1] if "ref_logp" in wanted else None
     episodes = stage.prompts_per_step * stage.group_size
     yield from memory.estimate(
         real,
@@ -166,26 +196,32 @@ def columns(rows: list[Episode]) -> str:
 
 
 @torch.no_grad()
-def losses(stage: Fit | Online, model: LanguageModel, batch: Batch, where: str) -> str:
-    """The loss terms of a batch, reduced as the learner does it. Raises ConfigError where one is not finite."""
-    model.module.eval()
+def losses(stage: Fit | Online, models: Models, episodes: list[Episode], where: str) -> Iterator[str]:
+    """The loss terms of a batch for each update, reduced as the learner does it. Raises ConfigError where one is not finite."""
     temperature = stage.temperature if isinstance(stage, Online) else 1.0
-    advantage, derive = (stage.advantage, stage.derive) if isinstance(stage, Online) else ([], [])
-    wants = reads(stage.loss, advantage, derive)
-    batch["old_logp"] = batch["rollout_logp"]
-    if "ref_logp" in wants:
-        batch["ref_logp"] = score(model, batch, BUDGET, temperature)
-    credit(batch, derive, advantage)
-    counts = Counts(float(batch["mask"].sum()), float(batch["mask"].any(1).sum()))
-    values = {term.name: 0.0 for term in stage.loss}
-    for unit in units(batch, BUDGET):
-        fields = {**unit, **model.forward(unit, wants | {"logp"}, temperature)}
-        for term in stage.loss:
-            values[term.name] += float(reduced(term, fields, stage.reduce, counts))
-    if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
-        raise ConfigError("\n".join(f"{where}.loss: {name!r} is {value} on the first batch" for name, value in bad.items()))
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    return f"loss of {len(batch.rows)} rows with random weights: {shown}"
+    loaded = models.of(stage.specs())
+    updates: dict[str, Any] = stage.all_updates() if isinstance(stage, Online) else {"": stage}
+    owners = {x: loaded[n] for n in [getattr(u, "train", "policy") for u in updates.values()] for x in loaded[n].offers}
+    for name, u in updates.items():
+        if getattr(u, "on", "kept") != "kept":
+            continue
+        model = loaded[getattr(u, "train", "policy")]
+        derive, advantage = u.derive or [], getattr(u, "advantage", None) or []
+        batch = model.collate(episodes)
+        add_columns(batch, stage.columns, episodes)
+        fill(batch, reads(u.loss, derive, advantage), loaded, owners, BUDGET, temperature)
+        credit(batch, derive, advantage)
+        counts = step_counts(batch, u.loss)
+        values = {term.name: 0.0 for term in u.loss}
+        for unit in units(batch, BUDGET, whole_groups=True):
+            fields = {**unit, **model.forward(unit, (reads(u.loss) | {"logp"}) & model.offers, temperature)}
+            for term in u.loss:
+                values[term.name] += float(reduced(term, fields, u.reduce, counts[mask_of(term)]))
+        at = f"{where}.updates.{name}" if name else where
+        if bad := {key: value for key, value in values.items() if not math.isfinite(value)}:
+            raise ConfigError("\n".join(f"{at}.loss: {key!r} is {value} on the first batch" for key, value in bad.items()))
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        yield f"loss of {len(batch.inputs)} rows with random weights: {shown}" + (f" ({name})" if name else "")
 
 
 def spread(counts: list[int]) -> str:

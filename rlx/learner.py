@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from rlx.optim import factor
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
+
+Term = TypeVar("Term")
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,46 @@ class Update:
     grad_variance: bool = False
 
     @property
-    def wants(self) -> set[str]:
-        """The fields that the policy's forward has to compute."""
-        return {"logp"} | self._reads
+    def reads(self) -> set[str]:
+        """Every field that a term or diagnostic reads."""
+        return {name for c in [*self.loss, *self.watch] for name in c.reads}
 
     @property
     def whole_groups(self) -> bool:
         """Whether a term compares the sequences of a group: then no group is cut by minibatches or the token budget."""
-        return "group" in self._reads
+        return "group" in self.reads
 
     @property
-    def _reads(self) -> set[str]:
-        return {name for c in [*self.loss, *self.watch] for name in c.reads}
+    def whole_batch(self) -> bool:
+        """Whether a term sees all sequences of the optimiser step at once."""
+        return any(marked(term.call, "whole_batch") for term in self.loss)
+
+
+def whole_batch(term: Term) -> Term:
+    """Mark a loss term that couples all sequences of an optimiser step (a quantile, a sort, a mean of the batch).
+
+    The learner then goes twice over the step's units (see TorchLearner), so that the term sees all of them at once.
+    """
+    term.whole_batch = True  # type: ignore[attr-defined]
+    return term
+
+
+def stateful(name: str, start: float, update: Callable[..., Tensor]) -> Callable[[Term], Term]:
+    """Give a loss term a scalar field `name` that lives from step to step (a running mean, a controller's coefficient).
+
+    `update` reads fields by name, the state among them, and returns its next value after each optimiser step.
+    """
+
+    def mark(term: Term) -> Term:
+        term.state = (name, start, update)  # type: ignore[attr-defined]
+        return term
+
+    return mark
+
+
+def marked(call: Any, name: str) -> Any:
+    """What `whole_batch` or `stateful` wrote on a term, through the partial that binds its hyperparameters."""
+    return getattr(getattr(call, "func", call), name, None)
 
 
 class NonFinite(RuntimeError):
@@ -59,10 +90,11 @@ class TorchLearner:
         self.lr = lr
         self.total = total
         self.settings = {"clip": 1.0, "schedule": "constant", "warmup": 0, **optim.settings}
-        self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
+        self.parameters = policy.parameters()
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
         self.tokens = 0
+        self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
         """Go `epochs` times through the batch in `minibatches` optimiser steps each; the metrics are means over them.
@@ -87,33 +119,30 @@ class TorchLearner:
         return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
-        counts = Counts(tokens=float(batch["mask"].sum()), sequences=float(batch["mask"].any(1).sum()))
-        if counts.tokens == 0:
+        counts = step_counts(batch, update.loss)
+        if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
+        self._begin_state(update)
+        batch["index"] = torch.arange(len(batch.inputs), device=self.policy.device)
+        wants = (update.reads | ({"logp"} if check_gap else set())) & self.policy.offers
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
+        seen: list[dict[str, Tensor]] = []
         parts = halves(batch) if update.grad_variance else [batch]
         cut = [(i, u) for i, p in enumerate(parts) for u in units(p, update.token_budget, whole_groups=update.whole_groups)]
+        slopes = self._slopes(batch, update, counts, metrics, wants) if update.whole_batch and len(cut) > 1 else None
         for i, unit in cut:
             if i == 1 and not half:
                 half = [gradient(p).clone() for p in self.parameters]
-            out = self.policy.forward(unit, update.wants, update.temperature)
-            fields = {**unit, **out}
-            loss = torch.zeros((), device=self.policy.device)
-            for term in update.loss:
-                value = reduced(term, fields, update.reduce, counts)
-                loss = loss + term.weight * value
-                add(metrics, f"loss/{term.name}", value.detach())
+            out = self.policy.forward(unit, wants, update.temperature)
+            if slopes is None:
+                loss = total(update, {**self.state, **unit, **out}, counts, metrics)
+            else:
+                loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            add(metrics, "loss", loss.detach())
+            seen.append({**unit, **{name: x.detach() for name, x in out.items()}})
             with torch.no_grad():
-                for watch in update.watch:
-                    x = watch.call(*(fields[name] for name in watch.reads))
-                    add(metrics, watch.name, torch.where(unit["mask"], x, 0.0).sum() / counts.tokens)
-                if check_gap:
-                    gap = torch.where(unit["mask"], (out["logp"] - unit["rollout_logp"]).abs(), 0.0)
-                    metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
-                    add(metrics, "gap/mean", gap.sum() / counts.tokens)
+                diagnose(update, {**self.state, **unit, **out}, counts, metrics, check_gap=check_gap)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
             metrics["grad_variance"] = torch.stack(list(differences)).sum()
@@ -130,25 +159,111 @@ class TorchLearner:
             group["lr"] = self.lr * scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._next_state(update, seen)
         self.steps += 1
-        self.tokens += int(counts.tokens)
+        self.tokens += int(batch["mask"].sum())
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
 
+    def _slopes(
+        self, batch: Batch, update: Update, counts: Mapping[str, Counts], metrics: dict[str, Tensor], wants: set[str]
+    ) -> dict[str, Tensor]:
+        """d loss / d field for each field that the policy computes, from all sequences of the step at once.
 
-def reduced(term: Component[LossTerm], fields: dict[str, Tensor], reduce: Component[Reduce], counts: Counts) -> Tensor:
-    """This part's share of one term: (N,T) by the stage's reduction (or the term's own), (N,) by the mean over sequences.
+        The first of two passes: a forward of every unit without gradient, and the loss on what they gave as leaves.
+        """
+        leaves = {
+            name: x.requires_grad_()
+            for name, x in computed(self.policy, batch, wants, update.token_budget, update.temperature).items()
+        }
+        loss = total(update, {**self.state, **batch, **leaves}, counts, metrics)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
 
-    Raises ConfigError where a term of (N,) has a reduction of its own: there are no tokens to reduce over.
+    def _begin_state(self, update: Update) -> None:
+        """The first value of each state that a term has."""
+        for name, start, _ in states(update):
+            self.state.setdefault(name, torch.tensor(start, device=self.policy.device))
+
+    @torch.no_grad()
+    def _next_state(self, update: Update, seen: list[dict[str, Tensor]]) -> None:
+        """The next value of each state, from the fields of the whole step as they were before it."""
+        if not (found := states(update)):
+            return
+        fields = {**self.state, **{name: torch.cat([part[name] for part in seen]) for name in seen[0]}}
+        for name, _, change in found:
+            self.state[name] = change(*(fields[read] for read in inspect.signature(change).parameters))
+
+
+def states(update: Update) -> list[tuple[str, float, Callable[..., Tensor]]]:
+    """(name, first value, update) of each state that a term has."""
+    return [found for term in update.loss if (found := marked(term.call, "state"))]
+
+
+def step_counts(batch: Mapping[str, Tensor], loss: Sequence[Component[LossTerm]]) -> dict[str, Counts]:
+    """The counts of an optimiser step by each mask that a term is reduced over."""
+    return {name: count(batch[name], batch["group"]) for name in dict.fromkeys(["mask", *map(mask_of, loss)])}
+
+
+def count(mask: Tensor, group: Tensor) -> Counts:
+    """How many positions, sequences and groups a mask has; 1 where it has none, so that their share is 0 and not nan."""
+    some = mask.any(1)
+    found = float(mask.sum()), float(some.sum()), float(len(set(group[some].tolist())))
+    return Counts(*(max(1.0, x) for x in found))
+
+
+def mask_of(component: Component[Any]) -> str:
+    """The field that a term is reduced over: the first that it reads whose name ends in `mask`."""
+    return next((name for name in component.reads if name.endswith("mask")), "mask")
+
+
+def total(update: Update, fields: Mapping[str, Tensor], counts: Mapping[str, Counts], metrics: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the loss terms over one part of a step; each is added to the metrics."""
+    parts = []
+    for term in update.loss:
+        value = reduced(term, fields, update.reduce, counts[mask_of(term)])
+        parts.append(term.weight * value)
+        add(metrics, f"loss/{term.name}", value.detach())
+    loss = torch.stack(parts).sum()
+    add(metrics, "loss", loss.detach())
+    return loss
+
+
+def diagnose(
+    update: Update, fields: Mapping[str, Tensor], counts: Mapping[str, Counts], metrics: dict[str, Tensor], *, check_gap: bool
+) -> None:
+    """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's."""
+    mask, tokens = fields["mask"], counts["mask"].tokens
+    for watch in update.watch:
+        x = watch.call(*(fields[name] for name in watch.reads))
+        add(metrics, watch.name, torch.where(mask, x, 0.0).sum() / tokens)
+    if check_gap:
+        gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
+        metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
+        add(metrics, "gap/mean", gap.sum() / tokens)
+
+
+def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Component[Reduce], counts: Counts) -> Tensor:
+    """This part's share of one term.
+
+    (N,T) and (N,K) by the stage's reduction, or the term's own; (N,) and (P,) by the mean over the sequences or groups that
+    are trained on; () as it is. Raises ConfigError where a term of one number a sequence or group has its own reduction.
     """
+    mask = fields[mask_of(term)]
     x = term.call(*(fields[name] for name in term.reads))
-    if x.dim() == 1:
-        if term.reduce is not None:
-            raise ConfigError(
-                f"loss {term.name!r} is one number for each sequence, averaged over sequences; "
-                f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
-            )
-        return torch.where(fields["mask"].any(1), x, 0.0).sum() / counts.sequences
-    return (term.reduce or reduce).call(x, fields["mask"], counts)
+    if x.dim() == 2:
+        own = term.reduce or reduce
+        return own.call(x, mask, counts)
+    if term.reduce is not None:
+        what = "sequence" if len(x.shape) and len(x) == len(mask) else "group"
+        raise ConfigError(
+            f"loss {term.name!r} is one number for each {what}, averaged over {what}s; "
+            f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
+        )
+    if x.dim() == 0:
+        return x
+    if len(x) == len(mask):
+        return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
+    return x.sum() / counts.groups
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -166,7 +281,7 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
 def blocks(batch: Batch, *, whole_groups: bool) -> list[list[int]]:
     """The sequences that stay together, as indices: those of a group, or each by itself."""
     if not whole_groups:
-        return [[i] for i in range(len(batch.rows))]
+        return [[i] for i in range(len(batch.inputs))]
     members: dict[int, list[int]] = {}
     for i, group in enumerate(batch["group"].tolist()):
         members.setdefault(group, []).append(i)
@@ -178,11 +293,12 @@ def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Ite
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
-    lengths = [len(row) for row in batch.rows]
+    lengths = [x.length for x in batch.inputs]
+    prompts = [x.prompt for x in batch.inputs]
     part: list[int] = []
     prompt = answer = 0
     for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
-        wide, long = max(batch.starts[i] for i in block), max(lengths[i] - batch.starts[i] for i in block)
+        wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
         if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
             yield batch.take(part)
             part, prompt, answer = [], 0, 0
@@ -198,10 +314,11 @@ def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def score(policy: Policy, batch: Batch, token_budget: int, temperature: float) -> Tensor:
-    """log-prob (N,T) of the batch's tokens under a policy that is not in training."""
-    out = torch.zeros_like(batch["rollout_logp"])
-    numbered = Batch({**batch, "index": torch.arange(len(batch.rows), device=policy.device)}, batch.rows, batch.starts)
+def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, temperature: float = 1.0) -> dict[str, Tensor]:
+    """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
+    numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
+    out: dict[str, Tensor] = {}
     for unit in units(numbered, token_budget):
-        out[unit["index"]] = policy.forward(unit, {"logp"}, temperature)["logp"]
+        for name, x in policy.forward(unit, wants, temperature).items():
+            out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlx.build import Binder, hint, looks_local, untrusted
+from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
 from rlx.types import Component, ConfigError, Episode, Model, ModelRef, Stage, TaskSource
@@ -99,7 +99,8 @@ def plan(
     inputs = {name: stage_refs(node) for name, node in nodes.items()}
     check_refs(binder, nodes, task, no_task=config.get("task") is None)
     order = in_order(binder, inputs)
-    stages = {name: bind_stage(binder, name, nodes[name]) for name in order}
+    stages = {name: bind_stage(binder, name, nodes[name], model_offers(model)) for name in order}
+    check_rows(binder, stages)
     check_verifier(binder, stages, no_task=config.get("task") is None)
     if model is not None and model.settings.get("trust_remote_code"):
         check_trust(binder, stages)
@@ -156,10 +157,10 @@ def bind_task(binder: Binder, node: Any) -> TaskSource | None:
     return source
 
 
-def verifier_of(task: TaskSource) -> Callable[[list[Episode]], list[float]]:
+def verifier_of(task: TaskSource) -> Callable[[list[Episode]], Any]:
     """The reward `verifier`: what says whether an answer is right when the task is tested also pays in training."""
 
-    def verifier(episodes: list[Episode]) -> list[float]:
+    def verifier(episodes: list[Episode]) -> Any:
         return task.verifier(episodes)
 
     return verifier
@@ -173,6 +174,18 @@ def check_verifier(binder: Binder, stages: Mapping[str, Any], *, no_task: bool) 
             binder.errors.append(f"stages.{name}.reward: the recipe has no task, so it has no verifier; give task=NAME")
 
 
+def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:
+    """`data: "@x"` names a stage that writes rows."""
+    for name, stage in stages.items():
+        ref = getattr(stage, "data", None)
+        source = getattr(ref, "stage", "")
+        if source and stages.get(source) is not None and not getattr(stages[source], "writes_rows", False):
+            binder.errors.append(
+                f"stages.{name}.data: stage {source!r} writes no rows; expected @task/SPLIT, a stage that does, or a data set "
+                "such as {name: jsonl, path: FILE}"
+            )
+
+
 def check_trust(binder: Binder, stages: Mapping[str, Any]) -> None:
     """Where the recipe's model brings code, each other directory or hub id that a stage loads brings its own."""
     for name, stage in stages.items():
@@ -183,8 +196,8 @@ def check_trust(binder: Binder, stages: Mapping[str, Any]) -> None:
                     binder.errors.append(f"stages.{name}.{key}: with model.trust_remote_code this {untrusted(ref.path)}")
 
 
-def bind_stage(binder: Binder, name: str, node: Any) -> Any:
-    """One stage of the recipe, by its `kind`."""
+def bind_stage(binder: Binder, name: str, node: Any, base: frozenset[str]) -> Any:
+    """One stage of the recipe, by its `kind`; `base` are the fields that the recipe's model computes."""
     path = f"stages.{name}"
     if name in RESERVED:
         binder.errors.append(f"{path}: {RESERVED[name]}; call the stage something else")
@@ -204,7 +217,7 @@ def bind_stage(binder: Binder, name: str, node: Any) -> Any:
     settings = {k: v for k, v in node.items() if k != "kind"} | watched(node)
     stage = binder.record(cls, f"stage kind {kind!r}", settings, path)
     if stage is not None:
-        binder.errors += [f"{path}.{line}" for line in [*sizes(stage), *stage.problems()]]
+        binder.errors += [f"{path}.{line}" for line in [*sizes(stage), *stage.problems(base)]]
     return stage
 
 
@@ -273,7 +286,12 @@ def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tupl
 def stage_refs(node: Any) -> list[str]:
     """The stages that a stage takes weights from."""
     refs = [r for _, r in located(node, "") if not r.startswith("@task/") and r != "@model"]
-    return list(dict.fromkeys(r[1:].partition(":")[0] for r in refs))
+    return list(dict.fromkeys(stage_of(r) for r in refs))
+
+
+def stage_of(ref: str) -> str:
+    """The stage of `@rl`, `@rl:best` or `@rl/critic:step=80`."""
+    return ref[1:].partition(":")[0].partition("/")[0]
 
 
 def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None, *, no_task: bool) -> None:
@@ -285,7 +303,7 @@ def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None
                 binder.errors.append(f"{path}: {ref!r} needs a task, and the recipe has none; give task=NAME")
             elif task is not None and split not in task.splits:
                 binder.errors.append(f"{path}: the task has no split {split!r}{hint(split, task.splits)}")
-        elif not path.endswith(".data") and ref != "@model" and (stage := ref[1:].partition(":")[0]) not in nodes:
+        elif ref != "@model" and (stage := stage_of(ref)) not in nodes:
             binder.errors.append(f"{path}: {ref!r} refers to no stage of the recipe{hint(stage, nodes)}")
 
 

@@ -20,7 +20,7 @@ def completions(row: Episode, model: LanguageModel, limit: int) -> dict[str, Epi
     None is longer than `limit` tokens; one that would be is cut there, as a rollout is.
     """
     gold = {} if row.task.answer is None else {GOLD: str(row.task.answer)}
-    texts = {**gold, "nothing": "", "prompt echoed": row.task.prompt[-1].content, "repetition": "the " * limit}
+    texts = {**gold, "nothing": "", "prompt echoed": row.task.prompt[-1].text, "repetition": "the " * limit}
     made = {}
     for name, said in texts.items():
         episode = model.tokenize(Episode(row.task, row.group, [turn(said)], Status.FINISHED))

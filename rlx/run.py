@@ -185,8 +185,8 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
     try:
         summary = plan.stages[name].run(ctx)
     except KeyboardInterrupt:
-        if ctx.policy_in_training is not None and ctx.step:
-            ctx.checkpoint("interrupted", ctx.policy_in_training)
+        if ctx.in_training and ctx.step:
+            ctx.checkpoint("interrupted")
             saved = folder / "checkpoints" / "interrupted"
             display.say(f"[{name}] interrupted in step {ctx.step}; the weights of that moment are in {saved}")
         raise

@@ -11,7 +11,7 @@ import yaml
 from rlx.compose import RecipeFile, compose, recipes
 
 if TYPE_CHECKING:
-    from rlx.types import Episode, Policy
+    from rlx.types import Episode, TextPolicy
 
 
 def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, results: bool) -> None:
@@ -83,7 +83,7 @@ def show_data(arguments: list[str], extra: Path | None, trust: list[str], num: i
             print("  " + marked(policy, row) + (f"   answer: {row.task.answer}" if row.task.answer is not None else ""))
 
 
-def marked(policy: Policy, row: Episode) -> str:
+def marked(policy: TextPolicy, row: Episode) -> str:
     """A row as the policy reads it; tokens that are trained on stand in [brackets]."""
     if not row.turns:
         return pieces(policy, policy.render(row.task.prompt), "{}")
@@ -92,7 +92,7 @@ def marked(policy: Policy, row: Episode) -> str:
     return label + "".join(pieces(policy, t.seen, "{}") + pieces(policy, t.did, "[{}]") for t in turns)
 
 
-def pieces(policy: Policy, ids: Any, form: str) -> str:
+def pieces(policy: TextPolicy, ids: Any, form: str) -> str:
     """Tokens one by one, white space visible."""
     return "".join(form.format(piece.replace("\n", "\\n")) for piece in policy.pieces(ids))
 

@@ -250,7 +250,7 @@ def write(file: Any, row: Mapping[str, Any]) -> None:
 def sample(episode: Episode) -> dict[str, Any]:
     """An episode as a row of samples.jsonl."""
     return {
-        "prompt": "\n".join(m.content for m in episode.task.prompt),
+        "prompt": "\n".join(m.text for m in episode.task.prompt),
         "completion": episode.completion,
         "answer": episode.task.answer,
         "rewards": {k: None if math.isnan(v) else v for k, v in episode.rewards.items()},

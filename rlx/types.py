@@ -33,12 +33,29 @@ class DataError(ConfigError):
 
 
 # --------------------------------------------------------------------------- what is asked, what happened
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A part of a message: `pixels` (H,W,3) uint8. Two images are equal if they are the same object."""
+
+    pixels: NDArray[np.uint8]
+
+
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. `role` is system, user, assistant or tool."""
+    """One message of a conversation: a text, or parts of text and images. `role` is system, user, assistant or tool."""
 
     role: str
-    content: str
+    content: str | tuple[str | Image, ...]
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return self.content if isinstance(self.content, str) else "".join(p for p in self.content if isinstance(p, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images of all parts."""
+        return () if isinstance(self.content, str) else tuple(p for p in self.content if isinstance(p, Image))
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,11 @@ class Turn:
     `seen` holds the ids that are new to the policy since its last turn (the prompt, or a tool's reply), `did` the ids that
     it produced, `logp` their log-probabilities under the distribution that sampled them (nats; empty where nothing was
     sampled, as in a demonstration). A token is never decoded and encoded again: what was sampled is what is trained on.
+
+    In a vector environment a turn is a whole episode: `did` holds the actions of its steps, `token` the observations.
+    `token` maps a name to one value for each id of `did`, an (N,T) field of the batch. `trained` (bool) is the one that the
+    framework reads: False where another than the policy chose the id (a hint, a guide's roll-in). `reward` is what the
+    environment paid for the turn; the reward `env` makes it count.
     """
 
     seen: Ids
@@ -84,7 +106,8 @@ class Episode:
 
     A row of data is an episode too: a demonstration has one turn with `said` and `label=1`, a preference pair is two
     episodes of a group with labels +1 and -1, a prompt alone has no turn. `rewards` maps a reward's name to its unweighted
-    value; `reward` is their weighted total (nan: could not be scored; such an episode is left out and counted).
+    value; `reward` is their weighted total (nan: could not be scored; such an episode is left out and counted), and `paid`
+    the part of it that each turn earned. `agent` is the role in which the policy played: proposer, solver, ...
     """
 
     task: Task
@@ -93,13 +116,15 @@ class Episode:
     status: Status = Status.RUNNING
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
+    paid: list[float | Floats] = field(default_factory=list)
     label: float | None = None
+    agent: str = "policy"
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def completion(self) -> str:
         """The text of everything that the policy said."""
-        return "".join(turn.said.content for turn in self.turns if turn.said is not None)
+        return "".join(turn.said.text for turn in self.turns if turn.said is not None)
 
     @property
     def num_tokens(self) -> int:
@@ -137,48 +162,97 @@ class Field:
     meaning: str
 
 
-# N sequences, T trained positions of the longest sequence (right-padded; the prompt is not among them).
+# N sequences, T positions of the longest sequence after its prompt (right-padded), or time steps; K turns.
+#
+# A model of the stage that is not in training offers what it computes under its own name: `critic_value`, `dpo_logp`; the
+# reference policy's are `ref_...`. `old_x` is x before the step's updates. What a head of a model computes goes by the
+# head's name (see HEADS), a stream of Turn.token and a column of the data (`columns:`) by its own.
 FIELDS: dict[str, Field] = {
     "logp": Field("N,T", "float", "forward", "log-probability of each token under the policy in training, with gradient"),
     "entropy": Field("N,T", "float", "forward", "entropy of the policy's distribution at each position, with gradient"),
+    "value": Field("N,T", "float", "forward", "a critic's value of the state before each position, with gradient"),
+    "score": Field("N", "float", "forward", "a reward model's score of the sequence, with gradient"),
     "ref_logp": Field("N,T", "float", "fill", "log-probability under the stage's reference policy"),
-    "old_logp": Field("N,T", "float", "fill", "log-probability under the policy that the update started from"),
+    "old_logp": Field("N,T", "float", "fill", "log-probability under the policy that drew the token"),
+    "old_value": Field("N,T", "float", "fill", "the critic's value before the step's updates"),
     "rollout_logp": Field("N,T", "float", "collate", "log-probability under the engine that sampled the token"),
     "mask": Field("N,T", "bool", "collate", "True where the policy acted and the token is trained on"),
-    "reward": Field("N,T", "float", "collate", "what was paid, where it was paid: the total on the last trained position"),
+    "reward": Field("N,T", "float", "collate", "what was paid, where it was paid: on the last trained position of each turn"),
     "adv": Field("N,T", "float", "advantage", "advantage of each position"),
+    "returns": Field("N,T", "float", "derive", "target of the critic at each position"),
     "ret": Field("N", "float", "collate", "total reward of the episode"),
+    "bootstrap": Field(
+        "N", "float", "collate", "value of the state after the last position of an episode that was cut, else 0"
+    ),
     "label": Field("N", "float", "collate", "label of the row: 1 for a demonstration, +1 or -1 in a pair"),
     "group": Field("N", "long", "collate", "index of the prompt: equal for the episodes of one group"),
+    "agent": Field("N", "long", "collate", "index of the role that the policy played in the episode"),
+    "fresh": Field("N", "bool", "collate", "True for an episode whose last turn was drawn anew at a stored state"),
+    "turn": Field("N,T", "long", "collate", "index of the turn that each trained position belongs to, -1 elsewhere"),
+    "turn_mask": Field("N,K", "bool", "collate", "True for the turns that the policy took"),
+    "turn_reward": Field("N,K", "float", "collate", "what was paid for each turn"),
+    "turn_done": Field("N,K", "float", "collate", "1 on the last turn of an episode that ended, 0 where it was cut"),
+}
+
+# What a head of a model reads, and the shape of what it says.
+HEADS: dict[str, str] = {
+    "token": "N,T",  # the state before each position: a critic's `value`
+    "last": "N",  # the last position: a reward model's `score`
+    "before_turn": "N,K",  # the state before each turn: V(s)
+    "after_turn": "N,K",  # the last position of each turn: Q(s, a)
 }
 
 
-class Batch(dict[str, "Tensor"]):
-    """Named tensors of N sequences (see FIELDS), with the token rows that the policy's forward reads.
+class Input(Protocol):
+    """What a policy's forward reads of one sequence: `length` positions, of which the first `prompt` are in no field."""
 
-    `rows[i]` holds the ids of sequence i, prompt included, and `starts[i]` the index of the first id that stands in the
-    (N,T) fields: field position t of sequence i is the id rows[i][starts[i] + t].
+    @property
+    def prompt(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The input of a language model: all ids of a sequence, and the images among them."""
+
+    ids: Ids
+    prompt: int
+    images: tuple[Image, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """How many ids there are."""
+        return len(self.ids)
+
+
+class Batch(dict[str, "Tensor"]):
+    """Named tensors of N sequences (see FIELDS), with the `inputs` that the policy's forward reads.
+
+    Position t of an (N,T) field of sequence i stands for position inputs[i].prompt + t of that input.
     """
 
-    rows: list[Ids]
-    starts: list[int]
+    inputs: list[Any]
 
-    def __init__(self, fields: Mapping[str, Tensor], rows: list[Ids], starts: list[int]) -> None:
+    def __init__(self, fields: Mapping[str, Tensor], inputs: list[Any]) -> None:
         super().__init__(fields)
-        self.rows, self.starts = rows, starts
+        self.inputs = inputs
 
     def take(self, index: Sequence[int]) -> Batch:
-        """The sequences of `index`, in that order; (N,T) fields keep their width."""
+        """The sequences of `index`, in that order; fields keep their width."""
         chosen = list(index)
-        fields = {name: value[chosen] for name, value in self.items()}
-        return Batch(fields, [self.rows[i] for i in chosen], [self.starts[i] for i in chosen])
+        return Batch({name: value[chosen] for name, value in self.items()}, [self.inputs[i] for i in chosen])
 
 
 # --------------------------------------------------------------------------- what a recipe names
 # Each alias below is a group of the catalogue. Positional parameters of a component are the fields that it reads,
 # keyword-only parameters are its hyperparameters: the signature is the YAML schema.
 class LossTerm(Protocol):
-    """Named tensors -> (N,T) or (N,): unreduced, float32, no side effect."""
+    """Named tensors -> (N,T), (N,K), (N,) or (P,), one number for each group: unreduced, float32, no side effect.
+
+    A term marked `@whole_batch` sees all sequences of the optimiser step at once, and may return ().
+    """
 
     def __call__(self, *fields: Tensor) -> Tensor: ...
 
@@ -207,6 +281,7 @@ class Counts:
 
     tokens: float
     sequences: float
+    groups: float = 1.0
 
 
 class Reduce(Protocol):
@@ -216,9 +291,9 @@ class Reduce(Protocol):
 
 
 class Reward(Protocol):
-    """The episodes of one group -> one number each; nan where the episode could not be scored."""
+    """The episodes of one group -> one number each, or one for each turn; nan where the episode could not be scored."""
 
-    def __call__(self, episodes: list[Episode]) -> list[float]: ...
+    def __call__(self, episodes: list[Episode]) -> Sequence[float] | Sequence[Sequence[float]]: ...
 
 
 class Keep(Protocol):
@@ -244,17 +319,27 @@ class Sampling:
     rows: int = 1024
 
 
+class VecEnv(Protocol):
+    """Environments of arrays, one for each task, stepped together. An environment that is done ignores its action."""
+
+    def reset(self) -> NDArray[Any]: ...
+
+    def step(self, actions: Ids) -> tuple[NDArray[Any], Floats, NDArray[np.bool_], NDArray[np.bool_]]: ...
+
+
 @dataclass(frozen=True)
 class TaskSource:
     """A task of the catalogue: named splits of data, how an episode is played, and what says whether it is right.
 
-    `max_new_tokens` is the length that an answer needs; a stage that sets none takes it.
+    `max_new_tokens` is the length that an answer needs; a stage that sets none takes it. `make_vec` makes the environments
+    of arrays of some tasks, where the task is not a conversation.
     """
 
     splits: Mapping[str, Callable[[], list[Episode]]]
     verifier: Reward
     make_env: Callable[[], Env]
     max_new_tokens: int = 512
+    make_vec: Callable[[list[Task]], VecEnv] | None = None
 
 
 class Data(Protocol):
@@ -263,11 +348,35 @@ class Data(Protocol):
     def __call__(self) -> list[Episode]: ...
 
 
+@dataclass(frozen=True)
+class View:
+    """What a text policy sees when it acts: its ids so far, their images, and a `prefix` that the turn has to begin with."""
+
+    ids: Ids
+    images: tuple[Image, ...] = ()
+    prefix: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
 class Policy(Protocol):
-    """What acts and is trained: a language model here. `module` holds the weights."""
+    """What is trained. `module` holds the weights, `offers` names the fields that `forward` computes."""
 
     module: torch.nn.Module
     device: torch.device
+
+    @property
+    def offers(self) -> set[str]: ...
+
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+
+    def collate(self, episodes: list[Episode]) -> Batch: ...
+
+    def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class TextPolicy(Policy, Protocol):
+    """A policy that speaks: a language model."""
 
     def tokenize(self, episode: Episode) -> Episode: ...
 
@@ -277,13 +386,9 @@ class Policy(Protocol):
 
     def pieces(self, ids: Ids) -> list[str]: ...
 
-    def act(self, views: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
+    def decode(self, ids: Ids) -> str: ...
 
-    def collate(self, episodes: list[Episode]) -> Batch: ...
-
-    def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
-
-    def save(self, folder: Path) -> None: ...
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
 
 
 class Optim(Protocol):
@@ -295,21 +400,46 @@ class Optim(Protocol):
 class Model(Protocol):
     """Settings -> a policy, its weights drawn from `seed` where there are none to read."""
 
-    def __call__(self, *, seed: int = 0) -> Policy: ...
+    def __call__(self, *, seed: int = 0) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Play:
+    """What a sampler plays with: the policy, the stage's other models by name, environments, and the stage's own rewards.
+
+    `score` pays the stage's rewards for any episodes (it fills rewards, paid and reward). `pools` are the stage's buffers.
+    Draws depend on `seed`, which no other step or stage has, and on nothing else.
+    """
+
+    policy: Any
+    make_env: Callable[[], Env]
+    sampling: Sampling
+    seed: tuple[int, ...]
+    make_vec: Callable[[list[Task]], VecEnv] | None = None
+    models: Mapping[str, Any] = field(default_factory=dict)
+    score: Callable[[list[Episode]], None] = lambda episodes: None
+    pools: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
+    step: int = 0
 
 
 class Sampler(Protocol):
-    """Plays `n` episodes of each task: (policy, make_env, rows, n, sampling, seed) -> episodes, group by group."""
+    """Plays `n` episodes of each row's task -> episodes, those of a group together."""
+
+    def __call__(self, play: Play, rows: list[Episode], n: int) -> list[Episode]: ...
+
+
+class Backend(Protocol):
+    """A language model that is asked, not trained: conversations -> `n` texts for each."""
 
     def __call__(
         self,
-        policy: Policy,
-        make_env: Callable[[], Env],
-        rows: list[Episode],
-        n: int,
-        sampling: Sampling,
-        seed: tuple[int, ...],
-    ) -> list[Episode]: ...
+        conversations: Sequence[Sequence[Message]],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> list[list[str]]: ...
 
 
 Bound_co = TypeVar("Bound_co", covariant=True)
@@ -320,7 +450,7 @@ class Component(Generic[Bound_co]):
     """A catalogue entry bound to its hyperparameters, with the framework's own keys taken out.
 
     `reads` are the fields that it asks for, after the recipe's `read:` renamed them. `into` and `add` say which field a
-    derive writes, and whether it adds to what is there.
+    derive writes, and whether it adds to what is there. A setting that is a ModelName becomes that model of the stage.
     """
 
     name: str
@@ -333,29 +463,37 @@ class Component(Generic[Bound_co]):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class ModelName(str):
+    """A model of the stage, named by a setting of a component (a parameter annotated Policy or TextPolicy)."""
+
+
 @dataclass(frozen=True)
 class ModelRef:
-    """Where weights come from: an earlier stage (`@sft`, `@sft:best`, `@sft:step=80`), or a directory or hub id.
+    """Where weights come from: an earlier stage (`@sft`, `@sft:best`, `@sft:step=80`, `@sft:20%`), a directory or a hub id.
 
-    `@model` is what the recipe starts from; no stage may be called that.
+    `@rl/critic` is another model than the policy that stage `rl` trained. `@model` is what the recipe starts from; no stage
+    may be called that.
     """
 
     stage: str = ""
     pick: str = "last"
     path: str = ""
+    name: str = "policy"
 
     def __str__(self) -> str:
         if not self.stage:
             return self.path
-        return f"@{self.stage}" + ("" if self.pick == "last" else f":{self.pick}")
+        name = "" if self.name == "policy" else f"/{self.name}"
+        return f"@{self.stage}{name}" + ("" if self.pick == "last" else f":{self.pick}")
 
 
 @dataclass(frozen=True)
 class DataRef:
-    """Where rows come from: a split of the recipe's task (`@task/train`), or a data set of the catalogue."""
+    """Where rows come from: a split of the task (`@task/train`), a stage that writes rows (`@pairs`), or a data set."""
 
     split: str = ""
     source: Component[Data] | None = None
+    stage: str = ""
 
 
 class Stage(Protocol):
@@ -363,6 +501,6 @@ class Stage(Protocol):
 
     def run(self, ctx: Any) -> dict[str, float]: ...
 
-    def problems(self) -> list[str]: ...
+    def problems(self, base: frozenset[str]) -> list[str]: ...
 
     def describe(self) -> str: ...

@@ -155,7 +155,7 @@ def _turns(messages: Sequence[Message]) -> list[Turn]:
     """Messages of which the first is the assistant's -> turns; what stands between two turns is the first's reply."""
     starts = [i for i, message in enumerate(messages) if message.role == "assistant"]
     ends = [*starts[1:], len(messages)]
-    return [turn(messages[a].content, messages[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+    return [turn(messages[a].text, messages[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
 
 
 # --------------------------------------------------------------------------- cells -> messages

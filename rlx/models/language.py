@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlx.tensors import last_position
-from rlx.types import Batch, DataError, Episode, Floats, Ids, Message, Sampling, Turn
+from rlx.models.collate import batch_of
+from rlx.models.heads import Heads, saved_heads
+from rlx.types import HEADS, Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
 
@@ -26,12 +27,12 @@ LARGEST = 2**28
 
 Span = tuple[int, int]
 
-# (policy, prompts, keys of the draws, sampling) -> turns: the native engine, or another with the same contract
-Engine = Callable[["LanguageModel", list[Ids], list[list[int]], Sampling], list[list[Turn]]]
+# (policy, views, keys of the draws, sampling) -> turns: the native engine, or another with the same contract
+Engine = Callable[["LanguageModel", list[View], list[list[int]], Sampling], list[list[Turn]]]
 
 
 class LanguageModel:
-    """A transformers causal model and its tokenizer."""
+    """A transformers causal model and its tokenizer, with `heads` where it is a critic or a reward model."""
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
         self.module = module
@@ -40,8 +41,28 @@ class LanguageModel:
         self.bf16 = bf16
         self.source = source
         self.engine: Engine | None = None
+        self.heads: Heads | None = None
         self.end_token = self._end_token()
         self.end_ids = end_ids(module, tokenizer, self.end_token)
+
+    @property
+    def offers(self) -> set[str]:
+        """The fields that `forward` computes."""
+        return {"logp", "entropy", *(self.heads.where if self.heads is not None else ())}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All weights that are trained."""
+        modules = [self.module] if self.heads is None else [self.module, self.heads]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def with_heads(self, where: dict[str, str], seed: int, folder: Path | None = None) -> LanguageModel:
+        """This model with heads (see Heads), started from those of a checkpoint; without `where`, just the checkpoint's."""
+        saved = saved_heads(folder) if folder is not None else {}
+        if where or saved:
+            self.heads = Heads(where or saved, self.module.config.get_text_config().hidden_size, seed).to(self.device)
+        if folder is not None and self.heads is not None and saved:
+            self.heads.load(folder)
+        return self
 
     # ----------------------------------------------------------------- messages -> tokens
     def render(self, messages: Sequence[Message]) -> Ids:
@@ -139,7 +160,7 @@ class LanguageModel:
         unfinished = opened and bool(messages) and messages[-1].role == "assistant"
         if not self.tokenizer.chat_template:  # a base model: the text as it is, the policy's closed by the end token
             ends = [self.tokenizer.eos_token if m.role == "assistant" else "" for m in messages]
-            text = self._begin_token() + "".join(m.content + end for m, end in zip(messages, ends, strict=True))
+            text = self._begin_token() + "".join(m.text + end for m, end in zip(messages, ends, strict=True))
             return text.removesuffix(self.tokenizer.eos_token) if unfinished else text
         if not messages:
             return ""
@@ -179,7 +200,7 @@ class LanguageModel:
         """The text of the ids, without special tokens."""
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def act(self, views: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
         """`len(keys[i])` next turns of each view, by the engine that the policy was given."""
         if self.engine is None:
             raise RuntimeError("this policy was given no rollout engine")
@@ -192,59 +213,67 @@ class LanguageModel:
     # ----------------------------------------------------------------- episodes -> tensors
     def collate(self, episodes: list[Episode]) -> Batch:
         """Episodes as named tensors. Field positions begin after the first turn's prompt; environment text has mask False."""
-        rows, starts, masks, logps = [], [], [], []
-        for episode in episodes:
-            ids, mask, logp = [], [], []
-            for turn in episode.turns:
-                ids += [turn.seen, turn.did]
-                mask += [np.zeros(len(turn.seen), bool), np.ones(len(turn.did), bool)]
-                sampled = turn.logp if len(turn.logp) else np.zeros(len(turn.did), np.float32)
-                logp += [np.zeros(len(turn.seen), np.float32), sampled]
-            start = len(episode.turns[0].seen)
-            rows.append(np.concatenate(ids))
-            starts.append(start)
-            masks.append(torch.from_numpy(np.concatenate(mask)[start:]))
-            logps.append(torch.from_numpy(np.concatenate(logp)[start:]))
-        pad = torch.nn.utils.rnn.pad_sequence
-        mask_ = pad(masks, batch_first=True)
-        ret = torch.tensor([e.reward for e in episodes], dtype=torch.float32)
-        fields = {
-            "mask": mask_,
-            "rollout_logp": pad(logps, batch_first=True),
-            "reward": torch.where(last_position(mask_), ret[:, None], 0.0),
-            "ret": ret,
-            "label": torch.tensor([e.label if e.label is not None else 0.0 for e in episodes]),
-            "group": torch.tensor([e.group for e in episodes]),
-        }
-        return Batch({name: value.to(self.device) for name, value in fields.items()}, rows, starts)
+        inputs = [
+            Tokens(
+                np.concatenate([ids for turn in episode.turns for ids in (turn.seen, turn.did)]),
+                len(episode.turns[0].seen),
+                tuple(image for message in told(episode) for image in message.images),
+            )
+            for episode in episodes
+        ]
+        return batch_of(episodes, inputs, self.device)
 
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]:
-        """The fields of `want` among logp and entropy, (N,T) float32, of the distribution softmax(logits / temperature).
+        """The fields of `want` that the model offers, float32: logp and entropy (N,T) of softmax(logits / temperature), heads.
 
         Prompts are padded on the left and completions on the right, so that the language-model head runs on the scored
         columns alone (through the model's own `logits_to_keep`, which applies whatever the architecture does to logits).
-        The last column is only predicted, never read.
+        Without heads, the last column is only predicted, never read.
         """
-        width = max(len(row) - start for row, start in zip(batch.rows, batch.starts, strict=True))
-        prompt = max(batch.starts)
-        ids = torch.full((len(batch.rows), prompt + width), int(self.tokenizer.pad_token_id))
+        inputs: list[Tokens] = batch.inputs
+        width = max(x.length - x.prompt for x in inputs)
+        prompt = max(x.prompt for x in inputs)
+        ids = torch.full((len(inputs), prompt + width), int(self.tokenizer.pad_token_id))
         attend = torch.zeros_like(ids)
-        for i, (row, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
-            span = slice(prompt - start, prompt - start + len(row))
-            ids[i, span] = torch.from_numpy(row)
+        for i, x in enumerate(inputs):
+            span = slice(prompt - x.prompt, prompt - x.prompt + x.length)
+            ids[i, span] = torch.from_numpy(x.ids)
             attend[i, span] = 1
         ids, attend = ids.to(self.device), attend.to(self.device)
-        with self.autocast():
-            out = self.module(
-                input_ids=ids[:, :-1],
-                attention_mask=attend[:, :-1],
-                position_ids=(attend[:, :-1].cumsum(-1) - 1).clamp(min=0),
-                logits_to_keep=width,
-                use_cache=False,
-            )
-        fields = token_fields(out.logits, ids[:, prompt:], temperature, entropy="entropy" in want)
-        full = batch["mask"].shape[1]  # fields of a part of a batch keep the whole batch's width
-        return {name: torch.nn.functional.pad(x, (0, full - width)) for name, x in fields.items() if name in want}
+        heads = self.heads if self.heads is not None and want & set(self.heads.where) else None
+        spoken = bool(want & {"logp", "entropy"})
+        read = prompt + width - (heads is None)
+        settings = {
+            "input_ids": ids[:, :read],
+            "attention_mask": attend[:, :read],
+            "position_ids": (attend[:, :read].cumsum(-1) - 1).clamp(min=0),
+            "use_cache": False,
+            **self.image_inputs([x.images for x in inputs]),
+        }
+        fields: dict[str, Tensor] = {}
+        if spoken:
+            with self.autocast():
+                keep = width + (heads is not None)
+                out = self.module(**settings, logits_to_keep=keep, output_hidden_states=heads is not None)
+            fields = token_fields(out.logits[:, :width], ids[:, prompt:], temperature, entropy="entropy" in want)
+            hidden = out.hidden_states[-1] if heads is not None else None
+        elif heads is not None:
+            with self.autocast():
+                hidden = self.backbone(**settings).last_hidden_state
+        if heads is not None:
+            length = torch.tensor([x.length - x.prompt for x in inputs], device=self.device)
+            fields |= heads(hidden, prompt, batch["turn"], length, want)
+        return {name: widened(x, name, batch, self.heads) for name, x in fields.items() if name in want}
+
+    @property
+    def backbone(self) -> Any:
+        """The model without its language-model head."""
+        module = self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
+        return module.get_decoder()
+
+    def image_inputs(self, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
+        """What the forward takes besides ids: nothing in a model of text."""
+        return {}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Where the forward computes in bfloat16, if it does."""
@@ -262,6 +291,8 @@ class LanguageModel:
             module = copy.deepcopy(module).merge_and_unload()
         module.save_pretrained(beside)
         self.tokenizer.save_pretrained(beside)
+        if self.heads is not None:
+            self.heads.save(beside)
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -293,15 +324,34 @@ def token_fields(
     return {name: torch.cat(x, dim=1) for name, x in zip(("logp", "entropy"), zip(*parts, strict=True), strict=False)}
 
 
-def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+def widened(x: Tensor, name: str, batch: Batch, heads: Heads | None) -> Tensor:
+    """A field of a part of a batch at the width of the whole batch: T positions, or the K turns of a head that reads turns."""
+    if x.dim() == 1:
+        return x
+    of_turns = heads is not None and HEADS[heads.where.get(name, "token")] == "N,K"
+    return torch.nn.functional.pad(x, (0, batch["turn_mask" if of_turns else "mask"].shape[1] - x.shape[1]))
+
+
+def told(episode: Episode) -> list[Message]:
+    """Every message that the policy was shown."""
+    return [*episode.task.prompt, *(message for turn in episode.turns for message in turn.replies)]
+
+
+def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as transformers' chat templates take them."""
-    return [{"role": m.role, "content": m.content} for m in messages]
+
+    def content(message: Message) -> Any:
+        if isinstance(message.content, str):
+            return message.content
+        return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.content]
+
+    return [{"role": m.role, "content": content(m)} for m in messages]
 
 
 def with_said(talk: Sequence[Message], said: Message) -> list[Message]:
     """The conversation after the policy has spoken: an unfinished assistant message is continued, else one is added."""
     if talk and talk[-1].role == "assistant":
-        return [*talk[:-1], Message("assistant", talk[-1].content + said.content)]
+        return [*talk[:-1], Message("assistant", talk[-1].text + said.text)]
     return [*talk, said]
 
 

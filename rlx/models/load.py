@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +86,28 @@ def pretrained(
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(f"model {path!r}: its files lack {len(missing)} weights of the model, such as {missing[0]}")
     return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+
+
+def read(
+    path: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    *,
+    lora: dict[str, Any] | None = None,
+    add_tokens: Sequence[str] = (),
+    heads: Mapping[str, str] | None = None,
+) -> LanguageModel:
+    """A model of a directory or hub id, with those of the recipe's `settings` that any pretrained model takes.
+
+    `add_tokens` get rows of the mean of the others in both embeddings. `heads` start from the directory's own.
+    """
+    shared = set(inspect.signature(pretrained).parameters) - {"path", "seed"}
+    given = {k: v for k, v in settings.items() if k in shared}
+    policy = pretrained(path=path, seed=seed, **{**given, **({"lora": lora} if lora is not None else {})})
+    if add_tokens and policy.tokenizer.add_tokens(list(add_tokens), special_tokens=True):
+        policy.module.resize_token_embeddings(len(policy.tokenizer), mean_resizing=True)
+    folder = Path(path).expanduser()
+    return policy.with_heads(dict(heads or {}), seed, folder if folder.is_dir() else None)
 
 
 def shrunken(component: Component[Model]) -> LanguageModel:

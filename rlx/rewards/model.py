@@ -79,7 +79,7 @@ def encode(tokenizer: Any, episode: Episode) -> list[int]:
         text = tokenizer.apply_chat_template(plain(talk), tokenize=False)
         return cast("list[int]", tokenizer.encode(text, add_special_tokens=False))
     end = "" if episode.status is Status.TRUNCATED else tokenizer.eos_token or ""
-    return cast("list[int]", tokenizer.encode("".join(m.content for m in talk) + end))
+    return cast("list[int]", tokenizer.encode("".join(m.text for m in talk) + end))
 
 
 def batches(lengths: Sequence[int], chosen: Sequence[int], budget: int) -> list[list[int]]:

@@ -47,7 +47,7 @@ def answer_match(
 
 def _gold(episode: Episode) -> str:
     if episode.task.answer is None or not str(episode.task.answer).strip():
-        prompt = episode.task.prompt[-1].content if episode.task.prompt else ""
+        prompt = episode.task.prompt[-1].text if episode.task.prompt else ""
         raise DataError(
             f"reward answer_match: the task {prompt[:60]!r} (group {episode.group}) has no answer; "
             "the data need a column 'answer', or columns: {answer: ITS NAME}"

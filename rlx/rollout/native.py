@@ -11,37 +11,37 @@ from torch import Tensor
 
 from rlx.models.language import LanguageModel
 from rlx.rollout.noise import uniforms
-from rlx.types import ConfigError, Ids, Message, Sampling, Turn
+from rlx.types import ConfigError, Message, Sampling, Turn, View
 
 
-def generate(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` completions of each prompt; prompts are decoded together while they have at most `sampling.rows`."""
+def generate(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    """`len(keys[i])` next turns of each view; views are decoded together while they have at most `sampling.rows` samples."""
     played: list[list[Turn]] = []
     start = 0
-    while start < len(prompts):
+    while start < len(views):
         end, rows = start + 1, len(keys[start])
-        while end < len(prompts) and rows + len(keys[end]) <= sampling.rows:
+        while end < len(views) and rows + len(keys[end]) <= sampling.rows:
             rows += len(keys[end])
             end += 1
-        played += decode(policy, prompts[start:end], keys[start:end], sampling)
+        played += decode(policy, views[start:end], keys[start:end], sampling)
         start = end
     return played
 
 
 @torch.inference_mode()
-def decode(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` completions of each prompt; a turn's `info["truncated"]` says that the limit cut it.
+def decode(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    """`len(keys[i])` next turns of each view; a turn's `info["truncated"]` says that the limit cut it.
 
-    Each distinct prompt is read once and its cache repeated for its samples; a finished row leaves the batch. Draws are by
+    Each view is read once and its cache repeated for its samples; a finished row leaves the batch. Draws are by
     inverse CDF on uniforms that depend on a sample's key and the position alone. `logp` is that of the tokens under
     softmax(logits / temperature) before top-k and top-p (which cut the tail of what is drawn, not what is scored), or at
     temperature 1 for greedy decoding: what the training forward computes.
     """
-    owner = np.repeat(np.arange(len(prompts)), [len(k) for k in keys])
+    owner = np.repeat(np.arange(len(views)), [len(k) for k in keys])
     flat = [k for row in keys for k in row]
     noise = torch.from_numpy(uniforms(flat, sampling.max_new_tokens)).to(policy.device)
     ends = torch.tensor(policy.end_ids, device=policy.device)
-    logits, cache, attend = prefill(policy, prompts, sampling.max_new_tokens)
+    logits, cache, attend = prefill(policy, views, sampling.max_new_tokens)
     rows = torch.from_numpy(owner).to(policy.device)
     if any(len(k) != 1 for k in keys):
         cache.batch_select_indices(rows)
@@ -71,18 +71,19 @@ def decode(policy: LanguageModel, prompts: list[Ids], keys: list[list[int]], sam
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-    turns = to_turns(policy, prompts, owner, did.cpu().numpy(), logp.cpu().numpy(), length.cpu().numpy(), ended.cpu().numpy())
+    turns = to_turns(policy, views, owner, did.cpu().numpy(), logp.cpu().numpy(), length.cpu().numpy(), ended.cpu().numpy())
     starts = np.cumsum([0, *(len(k) for k in keys)]).tolist()
     return [turns[a:b] for a, b in itertools.pairwise(starts)]
 
 
-def prefill(policy: LanguageModel, prompts: list[Ids], max_new_tokens: int) -> tuple[Tensor, Any, Tensor]:
-    """Next-token logits (U,V), the key/value cache and the attention mask (U,P) of left-padded prompts.
+def prefill(policy: LanguageModel, views: list[View], max_new_tokens: int) -> tuple[Tensor, Any, Tensor]:
+    """Next-token logits (U,V), the key/value cache and the attention mask (U,P) of left-padded views.
 
     Raises ConfigError where a prompt and its answer do not fit into the model's context.
     """
     from transformers import DynamicCache
 
+    prompts = [np.concatenate([view.ids, view.prefix]) for view in views]
     width = max(len(p) for p in prompts)
     room = getattr(policy.module.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and width + max_new_tokens > room:
@@ -105,6 +106,7 @@ def prefill(policy: LanguageModel, prompts: list[Ids], max_new_tokens: int) -> t
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **policy.image_inputs([view.images for view in views]),
         )
     return out.logits[:, -1], cache, attend
 
@@ -134,12 +136,12 @@ def cut(probs: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
-def to_turns(policy: LanguageModel, prompts: list[Ids], owner: Any, did: Any, logp: Any, length: Any, ended: Any) -> list[Turn]:
+def to_turns(policy: LanguageModel, views: list[View], owner: Any, did: Any, logp: Any, length: Any, ended: Any) -> list[Turn]:
     """One Turn a sampled row."""
     texts = policy.tokenizer.batch_decode([did[i, : length[i]] for i in range(len(owner))], skip_special_tokens=True)
     return [
         Turn(
-            seen=prompts[owner[i]],
+            seen=views[owner[i]].ids,
             did=did[i, : length[i]].copy(),
             logp=logp[i, : length[i]].copy(),
             said=Message("assistant", texts[i]),

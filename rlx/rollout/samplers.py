@@ -2,77 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 from rlx.models.language import with_said
 from rlx.rollout.noise import key
-from rlx.types import ConfigError, Env, Episode, Ids, Message, Policy, Sampling, Status
+from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Sampling, Status, TextPolicy, Turn, View
 
 
-def plain(
-    policy: Policy,
-    make_env: Callable[[], Env],
-    rows: list[Episode],
-    n: int,
-    sampling: Sampling,
-    seed: tuple[int, ...],
-) -> list[Episode]:
-    """`n` episodes of each row's task, group by group.
-
-    All that still run take their next turn in one batch. What the environment replies is rendered as an extension of the
-    tokens so far; the draws of (seed, row, sample, turn) depend on nothing else.
-    """
+def plain(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+    """`n` episodes of each row's task, group by group. The draws of (seed, row, sample, turn) depend on nothing else."""
     episodes = [Episode(row.task, row.group) for row in rows for _ in range(n)]
-    envs = [make_env() for _ in episodes]
+    envs = [play.make_env() for _ in episodes]
     talks = [list(env.reset(e.task)) for env, e in zip(envs, episodes, strict=True)]
-    running, turn = list(range(len(episodes))), 0
-    while running:
-        views, keys, order = group_views(policy, episodes, talks, running, n, (*seed, turn))
-        played = policy.act(views, keys, sampling)
-        for i, taken in zip(order, (t for row in played for t in row), strict=True):
-            episode = episodes[i]
-            told = sum(len(t.seen) + len(t.did) for t in episode.turns)
-            taken.seen = taken.seen[told:]
-            said = taken.said or Message("assistant", "")
-            reply = envs[i].step(said)
-            taken.replies, taken.reward = reply.messages, reply.reward
-            episode.turns.append(taken)
-            talks[i] = [*with_said(talks[i], said), *reply.messages]
-            if not (reply.done or reply.messages):
-                raise ConfigError(f"environment {type(envs[i]).__name__}: its reply is neither done nor holds a message")
-            cut = bool(taken.info["truncated"])
-            if reply.done or cut:
-                episode.status = Status.TRUNCATED if cut else Status.FINISHED
-        running = [i for i in running if episodes[i].status is Status.RUNNING]
-        turn += 1
-    for episode in episodes:
-        episode.info["max_new_tokens"] = sampling.max_new_tokens
+    finish(play, episodes, envs, talks, n)
     return episodes
 
 
-def group_views(
-    policy: Policy,
-    episodes: list[Episode],
-    talks: list[list[Message]],
-    running: list[int],
-    n: int,
-    seed: tuple[int, ...],
-) -> tuple[list[Ids], list[list[int]], list[int]]:
-    """What each running episode sees (distinct views once), the keys of its draws, and the episodes in that order."""
+def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[list[Message]], n: int) -> None:
+    """Play episodes on until they end: all that still run take their next turn in one batch.
+
+    `talks` are their conversations so far, and samples of a task follow each other, `n` of each. What the environment
+    replies is rendered as an extension of the tokens so far.
+    """
+    running, turn = [i for i, e in enumerate(episodes) if e.status is Status.RUNNING], 0
+    while running:
+        taken = take(
+            play.policy, [episodes[i] for i in running], [talks[i] for i in running], play, (turn,), [i % n for i in running]
+        )
+        for i, own in zip(running, taken, strict=True):
+            talks[i] = answer(episodes[i], envs[i], talks[i], own)
+        running = [i for i in running if episodes[i].status is Status.RUNNING]
+        turn += 1
+    for episode in episodes:
+        episode.info["max_new_tokens"] = play.sampling.max_new_tokens
+
+
+def take(
+    policy: TextPolicy,
+    episodes: Sequence[Episode],
+    talks: Sequence[Sequence[Message]],
+    play: Play,
+    draw: tuple[int, ...],
+    samples: Sequence[int],
+) -> list[Turn]:
+    """The next turn of each episode, none of them played yet. Equal views are read once.
+
+    An episode's draws depend on the play's seed, on `draw`, on its group and on its number among the group's `samples`.
+    """
     prompts: dict[tuple[Message, ...], Ids] = {}
-    views: dict[bytes, tuple[Ids, list[int]]] = {}
-    for i in running:
-        turns, talk = episodes[i].turns, tuple(talks[i])
-        if not turns:
-            if talk not in prompts:
-                prompts[talk] = policy.render(talk)
-            ids = prompts[talk]
-        else:
-            told = [part for turn in turns for part in (turn.seen, turn.did)]
-            ids = np.concatenate([*told, policy.extension(talk, len(turns[-1].replies))])
-        views.setdefault(ids.tobytes(), (ids, []))[1].append(i)
+    views: dict[tuple[bytes, tuple[int, ...]], tuple[View, list[int]]] = {}
+    for i, (episode, talk) in enumerate(zip(episodes, talks, strict=True)):
+        view = sight(policy, episode, talk, prompts)
+        views.setdefault((view.ids.tobytes(), tuple(map(id, view.images))), (view, []))[1].append(i)
     order = [i for _, members in views.values() for i in members]
-    keys = [[key(*seed, episodes[i].group, i % n) for i in members] for _, members in views.values()]
-    return [ids for ids, _ in views.values()], keys, order
+    keys = [[key(*play.seed, *draw, episodes[i].group, samples[i]) for i in members] for _, members in views.values()]
+    played = policy.act([view for view, _ in views.values()], keys, play.sampling)
+    turns = dict(zip(order, (turn for row in played for turn in row), strict=True))
+    for i, turn in turns.items():
+        before = sum(len(t.seen) + len(t.did) for t in episodes[i].turns)
+        turn.seen = turn.seen[before:]
+    return [turns[i] for i in range(len(episodes))]
+
+
+def sight(policy: TextPolicy, episode: Episode, talk: Sequence[Message], prompts: dict[tuple[Message, ...], Ids]) -> View:
+    """What an episode's policy sees: its tokens so far, and the new messages as an extension of them."""
+    images = tuple(image for message in talk for image in message.images)
+    if not episode.turns:
+        told_ = tuple(talk)
+        if told_ not in prompts:
+            prompts[told_] = policy.render(told_)
+        return View(prompts[told_], images)
+    before = [part for turn in episode.turns for part in (turn.seen, turn.did)]
+    return View(np.concatenate([*before, policy.extension(talk, len(episode.turns[-1].replies))]), images)
+
+
+def answer(episode: Episode, env: Env, talk: list[Message], turn: Turn) -> list[Message]:
+    """Add a turn to its episode and let the environment answer; the conversation after it.
+
+    Raises ConfigError where an environment neither ends the episode nor says anything.
+    """
+    said = turn.said or Message("assistant", "")
+    reply = env.step(said)
+    turn.replies, turn.reward = reply.messages, reply.reward
+    turn.info |= reply.info
+    episode.turns.append(turn)
+    if not (reply.done or reply.messages):
+        raise ConfigError(f"environment {type(env).__name__}: its reply is neither done nor holds a message")
+    cut = bool(turn.info["truncated"])
+    if reply.done or cut:
+        episode.status = Status.TRUNCATED if cut else Status.FINISHED
+    return [*with_said(talk, said), *reply.messages]
+
+
+def resampled(policy: TextPolicy, stored: Sequence[Episode], sampling: Sampling, seed: tuple[int, ...]) -> list[Episode]:
+    """For each turn of the stored episodes, one whose last turn is drawn anew by `policy` in the same state.
+
+    The earlier turns are not trained on. `info["fresh"]` marks the episodes; they are in the groups of those they come from.
+    """
+    made, views = [], []
+    for episode in stored:
+        for k, turn in enumerate(episode.turns):
+            before = episode.turns[:k]
+            seen = np.concatenate([*(part for t in before for part in (t.seen, t.did)), turn.seen])
+            told = [*episode.task.prompt, *(message for t in before for message in t.replies)]
+            views.append(View(seen, tuple(image for message in told for image in message.images)))
+            past = [frozen(t) for t in before]
+            made.append(Episode(episode.task, episode.group, past, Status.FINISHED, agent=episode.agent, info={"fresh": True}))
+    played = policy.act(views, [[key(*seed, i)] for i in range(len(views))], sampling)
+    for episode, (turn,) in zip(made, played, strict=True):
+        turn.seen = turn.seen[sum(len(t.seen) + len(t.did) for t in episode.turns) :]
+        episode.turns.append(turn)
+    return made
+
+
+def frozen(turn: Turn) -> Turn:
+    """The same turn, none of it trained on."""
+    return Turn(turn.seen, turn.did, turn.logp, turn.said, turn.replies, token={"trained": np.zeros(len(turn.did), bool)})

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
+from rlx.stages.models import ModelSpec, target_of
 from rlx.track import Log
-from rlx.types import Component, ConfigError, DataRef, Env, Episode, Model, ModelRef, Policy, Reward, TaskSource
-
-if TYPE_CHECKING:
-    from rlx.models.language import LanguageModel
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataRef,
+    Env,
+    Episode,
+    Model,
+    ModelRef,
+    Policy,
+    Reward,
+    Task,
+    TaskSource,
+    VecEnv,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,42 +39,63 @@ class Sources:
     task: TaskSource | None = None
     rows: dict[str, list[Episode]] = field(default_factory=dict)
 
-    def policy(self, ref: ModelRef | None) -> Policy:
-        """The weights that a reference means (without one, the recipe's `model`), with the rollout engine."""
+    def policy(self, ref: ModelRef | None) -> Any:
+        """The weights that a reference means (without one, the recipe's `model`)."""
+        return self.load(ModelSpec(from_=ref))
+
+    def models(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+        """The models of a stage by name. Targets that follow another model start as copies of it."""
+        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema}
+        return made | {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+
+    def load(self, spec: ModelSpec) -> Any:
+        """One model: its weights, its heads, and the rollout engine where it takes one."""
+        from rlx.models.load import read
         from rlx.rollout.native import generate
 
-        policy = self.load(ref)
-        policy.engine = generate
+        seed = int(self.model.settings.get("seed", self.seed))
+        folder = None if spec.from_ is None or spec.from_.stage == "model" else self.place(spec.from_)
+        if folder is not None:
+            policy = read(folder, self.model.settings, seed, lora=spec.lora, add_tokens=spec.add_tokens, heads=spec.heads)
+        else:
+            model = spec.model or self.model
+            policy = model.call() if "seed" in model.settings else model.call(seed=self.seed)
+            policy = policy if not spec.heads else policy.with_heads(spec.heads, seed)
+        if hasattr(policy, "engine"):
+            policy.engine = generate
         return policy
 
-    def load(self, ref: ModelRef | None) -> LanguageModel:
-        """The weights alone."""
-        from rlx.models.load import pretrained
-
-        if ref is None or ref.stage == "model":
-            made = self.model.call() if "seed" in self.model.settings else self.model.call(seed=self.seed)
-            return cast("LanguageModel", made)
-        path = ref.path
-        if ref.stage:
-            folder = self.run_dir / ref.stage
-            at = {"last": folder / "out", "best": folder / "checkpoints" / "best"}
-            found = at.get(ref.pick) or folder / "checkpoints" / f"step-{int(ref.pick.removeprefix('step=')):06d}"
-            if not found.is_dir():
-                raise ConfigError(f"stages.{self.name}: {ref} names {found}, which stage {ref.stage!r} did not write")
-            path = str(found)
-        shared = set(inspect.signature(pretrained).parameters) - {"path", "seed"}
-        settings = {k: v for k, v in self.model.settings.items() if k in shared}
-        return pretrained(path=path, seed=self.model.settings.get("seed", self.seed), **settings)
+    def place(self, ref: ModelRef) -> str:
+        """The directory or hub id of a reference. Raises ConfigError where its stage wrote no such weights."""
+        if not ref.stage:
+            return ref.path
+        folder = self.run_dir / ref.stage
+        at = {"last": folder / "out", "best": folder / "checkpoints" / "best"}
+        found = at.get(ref.pick) or folder / "checkpoints" / checkpoint_name(ref.pick)
+        if ref.name != "policy":
+            found = found / "models" / ref.name
+        if not found.is_dir():
+            raise ConfigError(f"stages.{self.name}: {ref} names {found}, which stage {ref.stage!r} did not write")
+        return str(found)
 
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
         """The rows that a reference means, read once."""
-        name = ref.split or repr(ref.source)
+        from rlx.data.files import jsonl
+
+        name = ref.split or ref.stage or repr(ref.source)
         if name not in self.rows:
             if ref.source is not None:
                 self.rows[name] = ref.source.call()
+            elif ref.stage:
+                self.rows[name] = jsonl(path=str(self.run_dir / ref.stage / "out" / "rows.jsonl"))
             elif self.task is not None:
                 self.rows[name] = self.task.splits[ref.split]()
         return self.rows[name][:limit]
+
+    @property
+    def make_vec(self) -> Callable[[list[Task]], VecEnv] | None:
+        """The task's environments of arrays, if it has such."""
+        return self.task.make_vec if self.task is not None else None
 
     def make_env(self) -> Env:
         """A fresh environment of the task; without a task, the single-turn one."""
@@ -95,7 +126,7 @@ class Context(Sources):
     log: Log
     objective: str = ""
     step: int = 0
-    policy_in_training: Policy | None = None
+    in_training: Mapping[str, Policy] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
 
@@ -104,21 +135,31 @@ class Context(Sources):
         """Where this stage writes."""
         return self.run_dir / self.name
 
-    def steps(self, total: int, policy: Policy) -> Iterator[int]:
-        """1 to `total`; ends early when the evaluation's patience is spent. An interrupt finds the policy to save here."""
-        self.policy_in_training = policy
+    def steps(self, total: int, at: Sequence[str] = ()) -> Iterator[int]:
+        """1 to `total`; ends early when the evaluation's patience is spent.
+
+        Checkpoints are written after the shares of the steps that `at` names (20%), under those names.
+        """
         self.log.begin(total)
+        shares = {max(1, round(total * float(share.removesuffix("%")) / 100)): share for share in at}
         for step in range(1, total + 1):
             self.step = step
             yield step
+            if step in shares:
+                self.checkpoint(checkpoint_name(shares[step]))
             if self.log.stopped:
                 break
 
-    def checkpoint(self, name: str, policy: Policy) -> None:
-        """Write a checkpoint of this stage in Hugging Face format."""
-        policy.save(self.folder / "checkpoints" / name)
+    def checkpoint(self, name: str) -> None:
+        """Write a checkpoint of the models in training in Hugging Face format."""
+        self.save(self.folder / "checkpoints" / name)
 
-    def judge(self, metrics: dict[str, float], policy: Policy, patience: int | None) -> None:
+    def save(self, folder: Path) -> None:
+        """Write the policy to a folder, and what else is trained below its `models/`."""
+        for name, model in self.in_training.items():
+            model.save(folder if name == "policy" else folder / "models" / name)
+
+    def judge(self, metrics: dict[str, float], patience: int | None) -> None:
         """Keep the best checkpoint by the recipe's objective; stop after `patience` evaluations without a better one."""
         if self.objective not in metrics:
             return
@@ -126,8 +167,13 @@ class Context(Sources):
         sign = -1.0 if lower_is_better(self.objective) else 1.0
         if self.best is None or sign * value > sign * self.best:
             self.best, self.since_best = value, 0
-            self.checkpoint("best", policy)
+            self.checkpoint("best")
         else:
             self.since_best += 1
         if patience is not None and self.since_best >= patience:
             self.log.stop(f"{self.objective} has not improved in {patience} evaluations")
+
+
+def checkpoint_name(pick: str) -> str:
+    """The folder of `step=80` or of `20%`."""
+    return f"step-{int(pick[5:]):06d}" if pick.startswith("step=") else f"at-{pick.removesuffix('%')}-percent"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from rlx.metrics import wilson
 from rlx.rewards.score import score
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
-from rlx.types import Component, DataRef, Episode, Metric, Policy, Reward, Sampling
+from rlx.types import Component, DataRef, Episode, Metric, Play, Reward, Sampler, Sampling
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,9 @@ class Measure:
     max_new_tokens: int | None = None
     limit: int | None = None
     verifier: Component[Reward] | None = None
+    sampler: Component[Sampler] = Component("plain", plain)
 
-    def problems(self) -> list[str]:
+    def problems(self, base: frozenset[str] = frozenset()) -> list[str]:
         """What is wrong with the settings taken together."""
         found = [] if self.top_k >= 0 else [f"top_k: expected 0 (all tokens) or more, got {self.top_k}"]
         if not 0 < self.top_p <= 1:
@@ -57,7 +59,7 @@ class Eval(Measure):
         return step in (0, last) or (self.every > 0 and step % self.every == 0)
 
 
-def evaluate(policy: Policy, settings: Measure, ctx: Context) -> tuple[dict[str, float], list[list[Episode]]]:
+def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, float], list[list[Episode]]]:
     """The metrics of a policy on held-out tasks, and the greedy (or else sampled) episodes behind them, task by task.
 
     The draws depend on the run's seed and the task alone, so two policies are compared on the same random numbers.
@@ -74,11 +76,18 @@ def evaluate(policy: Policy, settings: Measure, ctx: Context) -> tuple[dict[str,
             top_k=settings.top_k,
             top_p=settings.top_p,
         )
-        episodes = plain(policy, ctx.make_env, rows, num[kind], sampling, (ctx.seed, 0))
+        play = Play(policy, ctx.make_env, sampling, (ctx.seed, 0), ctx.make_vec)
+        episodes = settings.sampler.call(play, rows, num[kind])
         score(episodes, [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier")
         groups[kind] = [episodes[i : i + num[kind]] for i in range(0, len(episodes), num[kind])]
     values = {m.name: float(m.call(groups[m.reads[0]])) for m in settings.metrics}
     return values, groups.get("greedy") or groups.get("sampled") or []
+
+
+def evaluated(policy: Any, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:
+    """The metrics under their logged names, and a few episodes to look at."""
+    values, groups = evaluate(policy, settings, ctx)
+    return {f"eval/{name}": value for name, value in values.items()}, [group[0] for group in groups[:4]]
 
 
 def num_scored(groups: list[list[Episode]]) -> int:

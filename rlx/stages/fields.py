@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlx.build import hint
+from rlx.stages.models import ModelSpec, named, offers, prefix
 from rlx.types import FIELDS, Component
 
 
@@ -14,27 +15,73 @@ def reads(*groups: Sequence[Component[Any]]) -> set[str]:
     return {name for group in groups for component in group for name in component.reads}
 
 
+def available(
+    specs: Mapping[str, ModelSpec], base: frozenset[str], trained: Sequence[str], derive: Sequence[Component[Any]] = ()
+) -> set[str]:
+    """The fields that a stage with these models can make, but for those of the model in training."""
+    own = {name for name, field in FIELDS.items() if field.made_by == "collate"} | {"old_logp"} | {d.into for d in derive}
+    others = {f"{prefix(name)}_{x}" for name in specs for x in offers(name, specs, base)}
+    return own | others | {f"old_{x}" for name in trained if name in specs for x in offers(name, specs, base)}
+
+
 def problems(
     *,
+    specs: Mapping[str, ModelSpec],
+    base: frozenset[str],
+    train: str,
+    trained: Sequence[str],
     loss: Sequence[Component[Any]],
     advantage: Sequence[Component[Any]] = (),
     derive: Sequence[Component[Any]] = (),
     watch: Sequence[Component[Any]] = (),
-    reference: object,
     absent: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> list[str]:
-    """One line for each component that reads a field that this stage does not make. `absent` are the fields it never makes."""
-    made = {name for name in FIELDS if name not in absent} | {d.into for d in derive}
+    """One line for each component that reads a field that this stage does not make.
+
+    `base` is what the recipe's model computes, `train` the model in training, `absent` are the fields that the stage never
+    makes, `extra` those of its data.
+    """
+    forward = offers(train, specs, base) if train in specs else set()
+    before = (available(specs, base, trained, derive) | set(extra)) - set(absent)
     found = []
     for group, components in (("derive", derive), ("advantage", advantage), ("loss", loss), ("watch", watch)):
+        made = before | (forward | {"adv"} if group in ("loss", "watch") else set())
         for component in components:
             for name in component.reads:
-                if name == "ref_logp" and reference is None and "ref_logp" not in {d.into for d in derive}:
-                    found.append(f"reference: required, because {group} {component.name!r} reads ref_logp")
-                elif name == "adv" and "adv" not in absent and not advantage and group in ("loss", "watch"):
+                if name == "adv" and "adv" not in absent and not advantage and group in ("loss", "watch"):
                     found.append(f"advantage: required, because {group} {component.name!r} reads adv")
-                elif name not in made:
+                elif name in made and not (name == "adv" and "adv" in absent):
+                    continue
+                elif name == "ref_logp":
+                    found.append(f"reference: required, because {group} {component.name!r} reads ref_logp")
+                elif (head := name.removeprefix("old_")) in ("value", "score"):
+                    where = {"value": "{value: token}", "score": "{score: last}"}[head]
+                    found.append(
+                        f"models: {group} {component.name!r} reads {name}, which no model of the stage computes; "
+                        f"give one heads: {where}"
+                    )
+                else:
                     found.append(
                         f"{group}: {component.name!r} reads {name!r}, which this stage does not make{hint(name, made)}"
                     )
     return list(dict.fromkeys(found))
+
+
+def misnamed(specs: Mapping[str, ModelSpec], **groups: Sequence[Component[Any]]) -> list[str]:
+    """One line for each setting that names a model that the stage does not have."""
+    return [
+        f"{group}: {component.name!r} has {key}={model!r}; the stage has no such model{hint(model, specs)}"
+        for group, components in groups.items()
+        for component, key, model in named(components)
+        if model not in specs
+    ]
+
+
+def needed(
+    specs: Mapping[str, ModelSpec], wanted: set[str], trained: Sequence[str], components: Sequence[Component[Any]]
+) -> dict[str, ModelSpec]:
+    """The models that are to be loaded: all but a reference policy whose fields nobody reads."""
+    used = {model for _, _, model in named(components)} | set(trained) | {spec.ema for spec in specs.values()}
+    unread = "reference" not in used and not any(name.startswith("ref_") for name in wanted)
+    return {name: spec for name, spec in specs.items() if name != "reference" or not unread}

@@ -1,4 +1,4 @@
-"""`fit`: train on given rows (SFT here): shuffle, tokenize, collate, step."""
+"""`fit`: train on given rows (demonstrations, pairs, lists): shuffle, tokenize, collate, step."""
 
 from __future__ import annotations
 
@@ -9,28 +9,40 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlx import optim, reduce
-from rlx.learner import TorchLearner, Update, score
+from rlx.build import LANGUAGE
+from rlx.learner import TorchLearner, Update
+from rlx.stages import fields
 from rlx.stages.context import Context
-from rlx.stages.evaluation import Eval, evaluate
-from rlx.stages.fields import problems, reads
+from rlx.stages.evaluation import Eval, evaluated
+from rlx.stages.models import ModelSpec, as_spec, follow, refresh, spec_problems
+from rlx.stages.prepare import columns, credit, fill
+from rlx.stages.summary import spent
 from rlx.types import (
     Component,
     ConfigError,
     DataError,
     DataRef,
+    Derive,
     Episode,
     LossTerm,
     ModelRef,
     Optim,
-    Policy,
     Reduce,
+    TextPolicy,
     Watch,
 )
+
+# What a row of data is not: played, paid or drawn.
+ABSENT = ("adv", "reward", "ret", "returns", "bootstrap", "old_logp", "rollout_logp", "turn_reward", "turn_done", "fresh")
 
 
 @dataclass(kw_only=True)
 class Fit:
-    """Steps of `rows_per_step` rows, each epoch in an order that depends on the seed alone; `limit` takes the first rows."""
+    """Steps of `rows_per_step` rows, each epoch in an order that depends on the seed alone; `limit` takes the first rows.
+
+    The rows of a group (a pair, a list) stay together and count as one. `columns` names numeric columns of the data that
+    become fields. `policy` and `reference` are short for two of the `models`.
+    """
 
     data: DataRef
     loss: list[Component[LossTerm]]
@@ -38,7 +50,10 @@ class Fit:
     lr: float
     policy: ModelRef | None = None
     reference: ModelRef | None = None
+    models: dict[str, ModelRef | ModelSpec] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
     rows_per_step: int = 32
+    derive: list[Component[Derive]] = field(default_factory=list)
     reduce: Component[Reduce] = Component("token_mean", reduce.token_mean)
     optim: Component[Optim] = Component("adamw", optim.adamw)
     token_budget: int = 16384
@@ -48,11 +63,33 @@ class Fit:
     eval: Eval | None = None
     log_every: int = 10
     checkpoint_every: int = 0
+    checkpoints: list[str] = field(default_factory=list)
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings taken together."""
-        absent = ("adv", "reward", "ret", "old_logp", "rollout_logp")
-        found = problems(loss=self.loss, watch=self.watch, reference=self.reference, absent=absent)
+    def specs(self) -> dict[str, ModelSpec]:
+        """The models by name, the short forms among them."""
+        short = {"policy": as_spec(self.policy)}
+        if self.reference is not None:
+            short["reference"] = as_spec(self.reference)
+        return short | {name: as_spec(given) for name, given in self.models.items()}
+
+    def problems(self, base: frozenset[str] = LANGUAGE) -> list[str]:
+        """What is wrong with the settings taken together; `base` are the fields that the recipe's model computes."""
+        specs = self.specs()
+        found = spec_problems(specs)
+        for key in ("policy", "reference"):
+            if getattr(self, key) is not None and key in self.models:
+                found.append(f"{key}: given twice, here and in models")
+        found += fields.problems(
+            specs=specs,
+            base=base,
+            train="policy",
+            trained=["policy"],
+            loss=self.loss,
+            derive=self.derive,
+            watch=self.watch,
+            absent=ABSENT,
+            extra=self.columns,
+        )
         return found + [f"eval.{line}" for line in (self.eval.problems() if self.eval is not None else ())]
 
     def describe(self) -> str:
@@ -61,38 +98,45 @@ class Fit:
 
     def run(self, ctx: Context) -> dict[str, float]:
         """Train; the last metrics."""
-        policy = ctx.policy(self.policy)
-        reference = ctx.policy(self.reference) if "ref_logp" in reads(self.loss, self.watch) else None
+        reads = fields.reads(self.loss, self.watch, self.derive)
+        specs = fields.needed(self.specs(), reads, ["policy"], [])
+        loaded = ctx.models(specs)
+        policy = loaded["policy"]
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)
         rows = tokenized(ctx.data(self.data, self.limit), policy, self.max_length, f"stages.{ctx.name}.data")
         batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
+        ctx.in_training = {"policy": policy}
         metrics: dict[str, float] = {}
         if self.eval is not None:
             metrics, episodes = evaluated(policy, self.eval, ctx)
-            ctx.log.step(0, metrics | spent(learner, 0), episodes)
-            ctx.judge(metrics, policy, self.eval.patience)
-        for step in ctx.steps(self.steps, policy):
-            batch = policy.collate(next(batches))
-            if reference is not None:
-                batch["ref_logp"] = score(reference, batch, self.token_budget, 1.0)
+            ctx.log.step(0, metrics | spent([learner], 0), episodes)
+            ctx.judge(metrics, self.eval.patience)
+        for step in ctx.steps(self.steps, self.checkpoints):
+            chosen = next(batches)
+            batch = policy.collate(chosen)
+            columns(batch, self.columns, chosen)
+            fill(batch, reads, loaded, dict.fromkeys(policy.offers, policy), self.token_budget, 1.0)
+            credit(batch, self.derive, [])
             metrics = learner.step(batch, update, ctx.seeds(step))
-            metrics["tokens"] = float(sum(len(row) for row in batch.rows))
-            metrics |= spent(learner, 0)
+            follow(loaded, specs, "policy")
+            refresh(loaded, specs, step)
+            metrics["tokens"] = float(sum(x.length for x in batch.inputs))
+            metrics |= spent([learner], 0)
             episodes = []
             if self.eval is not None and self.eval.due(step, self.steps):
                 measured, episodes = evaluated(policy, self.eval, ctx)
                 metrics |= measured
-                ctx.judge(metrics, policy, self.eval.patience)
+                ctx.judge(metrics, self.eval.patience)
             if step % self.log_every == 0 or step == self.steps or episodes:
                 ctx.log.step(step, metrics, episodes)
             if self.checkpoint_every and step % self.checkpoint_every == 0:
-                ctx.checkpoint(f"step-{step:06d}", policy)
-        policy.save(ctx.folder / "out")
+                ctx.checkpoint(f"step-{step:06d}")
+        ctx.save(ctx.folder / "out")
         return metrics
 
 
-def tokenized(rows: list[Episode], policy: Policy, max_length: int | None, where: str) -> list[Episode]:
+def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, where: str) -> list[Episode]:
     """Rows with tokens; those with nothing to train on, or longer than `max_length`, are left out and counted.
 
     Raises DataError where no row is left: a data set whose mask is empty would train on a loss of 0.
@@ -118,32 +162,22 @@ def tokenized(rows: list[Episode], policy: Policy, max_length: int | None, where
 
 
 def shuffled(rows: list[Episode], size: int, seed: tuple[int, ...], where: str) -> Iterator[list[Episode]]:
-    """Endless batches of `size` rows: epoch after epoch, each a new permutation; no row stands twice in a batch.
+    """Endless batches of `size` groups of rows: epoch after epoch, each a new permutation; none stands twice in a batch.
 
-    Raises ConfigError where there are fewer rows than a batch takes; `where` is the key that says how many.
+    A row that is alone in its group counts as one, as do the rows of a pair. Raises ConfigError where there are fewer
+    groups than a batch takes; `where` is the key that says how many.
     """
-    if size > len(rows):
-        raise ConfigError(f"{where}: {size} asked for, but the data has {len(rows)} rows")
+    members: dict[int, list[Episode]] = {}
+    for row in rows:
+        members.setdefault(row.group, []).append(row)
+    groups = list(members.values())
+    if size > len(groups):
+        raise ConfigError(f"{where}: {size} asked for, but the data has {len(groups)} rows")
     waiting: list[int] = []
     for epoch in itertools.count():
-        order = np.random.default_rng((*seed, epoch)).permutation(len(rows)).tolist()
+        order = np.random.default_rng((*seed, epoch)).permutation(len(groups)).tolist()
         left = set(waiting)  # of the last epoch: its repetitions go to the end of this one
         waiting += [i for i in order if i not in left] + [i for i in order if i in left]
         while len(waiting) >= size:
-            yield [rows[i] for i in waiting[:size]]
+            yield [row for i in waiting[:size] for row in groups[i]]
             waiting = waiting[size:]
-
-
-def evaluated(policy: Policy, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:
-    """The metrics under their logged names, and a few episodes to look at."""
-    values, groups = evaluate(policy, settings, ctx)
-    return {f"eval/{name}": value for name, value in values.items()}, [group[0] for group in groups[:4]]
-
-
-def spent(learner: TorchLearner, rollouts: int) -> dict[str, float]:
-    """What the stage has used so far: optimiser steps, sampled episodes, and tokens trained on (each epoch counts)."""
-    return {
-        "spent/updates": float(learner.steps),
-        "spent/rollouts": float(rollouts),
-        "spent/tokens": float(learner.tokens),
-    }

@@ -43,7 +43,8 @@ CHECKED = {
     ),
     "data of a stage": (
         ["small", "stages.rl.data=@sft"],
-        "stages.rl.data: expected @task/SPLIT or a data set such as {name: jsonl, path: FILE}, got '@sft'",
+        "stages.rl.data: stage 'sft' writes no rows; expected @task/SPLIT, a stage that does, or a data set such as "
+        "{name: jsonl, path: FILE}",
     ),
     "missing data": (
         ["small", "stages.sft.data={name: jsonl, path: ./none.jsonl}"],

@@ -64,7 +64,7 @@ def test_a_key_that_a_swapped_component_does_not_take_is_dropped_unless_it_was_g
         (dict[str, int], 3, "x: expected a mapping, got 3"),
         (dict[str, int], {"a": "b"}, "x.a: expected a whole number, got 'b'"),
         (ModelRef, 3, "x: expected @stage, a directory or a hub id, got 3"),
-        (ModelRef, "@sft:bset", "x: '@sft:bset' asks for 'bset'; known: @sft, @sft:best, @sft:step=80"),
+        (ModelRef, "@sft:bset", "x: '@sft:bset' asks for 'bset'; known: @sft, @sft:best, @sft:step=80, @sft:20%"),
         (DataRef, "@tsk/a", "x: expected @task/SPLIT or a data set such as {name: jsonl, path: FILE}, got '@tsk/a'"),
         (int | None, "a", "x: expected a whole number, got 'a'"),
     ],

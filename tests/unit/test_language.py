@@ -9,7 +9,7 @@ import torch
 from architectures import CONFIGS, episode, model, random_episodes
 from torch import Tensor
 
-from rlx.learner import score, units
+from rlx.learner import computed, units
 from rlx.models.language import LanguageModel, token_fields
 from rlx.models.load import tiny
 from rlx.types import Batch
@@ -26,8 +26,8 @@ def test_collate_by_hand(small: LanguageModel) -> None:
     two = episode(([20], [21]), ([22, 23], [24, 1]), group=7, reward=2.0, logp=-0.5)
     two.label = -1.0
     batch = small.collate([one, two])
-    assert [row.tolist() for row in batch.rows] == [[10, 11, 12, 13, 1], [20, 21, 22, 23, 24, 1]]
-    assert batch.starts == [2, 1]
+    assert [x.ids.tolist() for x in batch.inputs] == [[10, 11, 12, 13, 1], [20, 21, 22, 23, 24, 1]]
+    assert [x.prompt for x in batch.inputs] == [2, 1]
     assert {name: value.tolist() for name, value in batch.items()} == {
         "mask": [[True, True, True, False, False], [True, False, False, True, True]],
         "rollout_logp": [[-0.25, -0.25, -0.25, 0.0, 0.0], [-0.5, 0.0, 0.0, -0.5, -0.5]],
@@ -35,8 +35,16 @@ def test_collate_by_hand(small: LanguageModel) -> None:
         "ret": [0.5, 2.0],
         "label": [0.0, -1.0],
         "group": [4, 7],
+        "turn": [[0, 0, 0, -1, -1], [0, -1, -1, 1, 1]],
+        "turn_mask": [[True, False], [True, True]],
+        "turn_reward": [[0.5, 0.0], [0.0, 2.0]],
+        "turn_done": [[1.0, 0.0], [0.0, 1.0]],
+        "agent": [0, 0],
+        "bootstrap": [0.0, 0.0],
+        "fresh": [False, False],
     }
-    assert {name: value.dtype for name, value in batch.items()} == {
+    types = {name: value.dtype for name, value in batch.items()}
+    assert {name: types[name] for name in ("mask", "rollout_logp", "reward", "ret", "label", "group")} == {
         "mask": torch.bool,
         "rollout_logp": torch.float32,
         "reward": torch.float32,
@@ -62,7 +70,7 @@ def test_collate_of_an_episode_without_a_trained_token(small: LanguageModel) -> 
 def dense(policy: LanguageModel, batch: Batch, temperature: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
     """log-prob and entropy of each sequence's field positions, by a plain forward of that sequence alone."""
     logps, entropies = [], []
-    for row, start in zip(batch.rows, batch.starts, strict=True):
+    for row, start in ((x.ids, x.prompt) for x in batch.inputs):
         ids = torch.from_numpy(row)
         with torch.no_grad():
             logits = policy.module(input_ids=ids[None]).logits[0].double() / temperature
@@ -129,10 +137,12 @@ def test_logits_taken_in_spans_keep_no_float32_copy_of_all() -> None:
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_split_and_order_change_nothing(small: LanguageModel, budget: int) -> None:
     batch = small.collate(random_episodes(9))
-    whole = score(small, batch, 10_000, 1.0)
-    torch.testing.assert_close(score(small, batch, budget, 1.0) * batch["mask"], whole * batch["mask"], atol=1e-5, rtol=0)
+    whole = computed(small, batch, {"logp"}, 10_000)["logp"]
+    torch.testing.assert_close(
+        computed(small, batch, {"logp"}, budget)["logp"] * batch["mask"], whole * batch["mask"], atol=1e-5, rtol=0
+    )
     order = [3, 8, 0, 1, 7, 2, 6, 5, 4]
-    mixed = score(small, batch.take(order), budget, 1.0)
+    mixed = computed(small, batch.take(order), {"logp"}, budget)["logp"]
     torch.testing.assert_close(mixed * batch["mask"][order], (whole * batch["mask"])[order], atol=1e-5, rtol=0)
 
 
@@ -143,8 +153,8 @@ def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> 
     assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
     assert len(parts) > 3
     for part in parts:
-        width = max(part.starts) + max(len(r) - s for r, s in zip(part.rows, part.starts, strict=True))
-        assert len(part.rows) == 1 or width * len(part.rows) <= 60
+        width = max(x.prompt for x in part.inputs) + max(x.length - x.prompt for x in part.inputs)
+        assert len(part.inputs) == 1 or width * len(part.inputs) <= 60
 
 
 @pytest.mark.parametrize("budget", [80, 100, 120, 140])
@@ -156,8 +166,8 @@ def test_units_of_whole_groups(small: LanguageModel, budget: int) -> None:
     assert sorted(g for part in parts for g in set(part["group"].tolist())) == list(range(10))  # each in one part
     assert 3 < len(parts) < 10  # some hold several groups
     for part in parts:
-        width = max(part.starts) + max(len(r) - s for r, s in zip(part.rows, part.starts, strict=True))
-        assert len(set(part["group"].tolist())) == 1 or width * len(part.rows) <= budget
+        width = max(x.prompt for x in part.inputs) + max(x.length - x.prompt for x in part.inputs)
+        assert len(set(part["group"].tolist())) == 1 or width * len(part.inputs) <= budget
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights() -> None:

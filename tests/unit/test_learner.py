@@ -19,7 +19,7 @@ from rlx.models.load import tiny
 from rlx.optim import adamw, factor
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
-from rlx.types import Batch, Component, ConfigError, Episode, Sampling, Task
+from rlx.types import Batch, Component, ConfigError, Episode, Sampling, Task, View
 
 NLL = Component("nll", likelihood.nll, ("logp", "mask"))
 PG = Component("policy_gradient", policy.policy_gradient, ("logp", "adv", "mask"))
@@ -65,7 +65,7 @@ def by_hand(name: str) -> tuple[float, Tensor]:
     made = model()
     batch = batch_of(made)
     sums, lengths = [], []
-    for i, (row, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
+    for i, (row, start) in enumerate((x.ids, x.prompt) for x in batch.inputs):
         logits = made.module(input_ids=torch.from_numpy(row)[None]).logits[0, start - 1 : -1]
         logp = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(row[start:])[:, None])[:, 0]
         sums.append((-batch["adv"][i, : len(logp)] * logp).sum())
@@ -288,7 +288,7 @@ def test_batch_without_a_trained_token_is_refused(did: list[int]) -> None:
 
 # --------------------------------------------------------------------------- on-policy
 def sampled(made: LanguageModel) -> Batch:
-    prompts = [ids(3, 60, 61, 4), ids(3, 70, 4)]
+    prompts = [View(ids(3, 60, 61, 4)), View(ids(3, 70, 4))]
     played = generate(made, prompts, [[key(i, j) for j in range(6)] for i in range(2)], Sampling(8))
     return made.collate([Episode(Task(()), i, [turn]) for i, row in enumerate(played) for turn in row])
 

@@ -12,9 +12,9 @@ from rlx.models.load import tiny
 from rlx.rollout.native import cut, draw, generate
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import plain
-from rlx.types import ConfigError, Env, Episode, Ids, Message, Reply, Sampling, Status, Task, Turn
+from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Reply, Sampling, Status, Task, Turn, View
 
-PROMPTS = [ids(3, 60, 61, 4), ids(3, 70, 4), ids(3, 60, 61, 62, 63, 64, 65, 66, 4)]
+PROMPTS = [View(ids(3, 60, 61, 4)), View(ids(3, 70, 4)), View(ids(3, 60, 61, 62, 63, 64, 65, 66, 4))]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_sampled_logp_is_the_training_forward(name: str, temperature: float) -> 
 def test_greedy_is_the_greedy_decoding_of_transformers(name: str) -> None:
     policy = model(name)
     played = generate(policy, PROMPTS, keys(1, 1, 1), Sampling(12, temperature=0.0))
-    for prompt, (turn,) in zip(PROMPTS, played, strict=True):
+    for prompt, (turn,) in zip([view.ids for view in PROMPTS], played, strict=True):
         out = policy.module.generate(
             torch.from_numpy(prompt)[None], do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0
         )
@@ -90,12 +90,12 @@ def test_turns_hold_prompt_text_and_whether_the_limit_cut_them(small: LanguageMo
         assert not any(ends[:-1])
         assert len(turn.did) == len(turn.logp) <= 3
         assert turn.said == Message("assistant", small.decode(turn.did))
-        assert any(turn.seen is prompt for prompt in PROMPTS)
+        assert any(turn.seen is view.ids for view in PROMPTS)
 
 
 def test_answer_that_does_not_fit_the_context_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
-        generate(model("gpt2"), [ids(*range(60))], [[0]], Sampling(5))
+        generate(model("gpt2"), [View(ids(*range(60)))], [[0]], Sampling(5))
     assert str(error.value) == "model 'gpt2': a prompt of 60 tokens and max_new_tokens=5 exceed its context of 64"
 
 
@@ -158,11 +158,11 @@ class Scripted:
         self.views: list[list[int]] = []
         self.keys: list[list[list[int]]] = []
 
-    def __call__(self, policy: LanguageModel, views: list[Ids], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    def __call__(self, policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
         did = self.said[len(self.keys)]
-        self.views += [view.tolist() for view in views]
+        self.views += [view.ids.tolist() for view in views]
         self.keys.append(keys)
-        return [[self.turn(policy, view, did) for _ in row] for view, row in zip(views, keys, strict=True)]
+        return [[self.turn(policy, view.ids, did) for _ in row] for view, row in zip(views, keys, strict=True)]
 
     def turn(self, policy: LanguageModel, view: Ids, did: list[int]) -> Turn:
         logp = -np.arange(1, len(did) + 1, dtype=np.float32) / 4
@@ -192,7 +192,7 @@ def play(
 ) -> list[Episode]:
     policy = tiny(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8)
     policy.engine = engine
-    return plain(policy, make_env, [Episode(Task(prompt), 5)], n, Sampling(8), (0,))
+    return plain(Play(policy, make_env, Sampling(8), (0,)), [Episode(Task(prompt), 5)], n)
 
 
 def test_a_conversation_is_never_tokenized_twice() -> None:
@@ -206,7 +206,7 @@ def test_a_conversation_is_never_tokenized_twice() -> None:
     assert [(t.seen.tolist(), t.did.tolist()) for t in played.turns] == [(opening, odd), (reply, b), (reply, c)]
     assert played.status is Status.FINISHED
     batch = tiny(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8).collate([played])
-    assert batch.rows[0].tolist() == opening + odd + reply + b + reply + c
+    assert batch.inputs[0].ids.tolist() == opening + odd + reply + b + reply + c
     quiet = [False] * len(reply)
     assert batch["mask"].tolist() == [[True] * 4 + quiet + [True] * 2 + quiet + [True] * 2]
     zero = [0.0] * len(reply)

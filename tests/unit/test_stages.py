@@ -28,9 +28,24 @@ from rlx.stages.context import Context
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.evaluation import Eval, evaluate
 from rlx.stages.fit import Fit, shuffled, tokenized
-from rlx.stages.online import Online, credit, summary
+from rlx.stages.online import Online
+from rlx.stages.prepare import credit
+from rlx.stages.summary import summary
 from rlx.track import Lines, Log, NoTracker
-from rlx.types import Component, ConfigError, DataError, DataRef, Episode, Message, ModelRef, Status, Task, TaskSource, Turn
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataError,
+    DataRef,
+    Episode,
+    Message,
+    ModelRef,
+    Play,
+    Status,
+    Task,
+    TaskSource,
+    Turn,
+)
 
 SIZES = {"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}
 NOTHING = np.zeros(0, np.int64)
@@ -155,13 +170,13 @@ def test_arms_share_prompts_and_first_samples(tmp_path: Path) -> None:
     said: dict[str, list[list[str]]] = {"one": [], "two": []}
 
     def watched(arm: str) -> Component[Any]:
-        def play(policy: Any, make_env: Any, rows: list[Episode], *rest: Any) -> list[Episode]:
-            episodes = plain(policy, make_env, rows, *rest)
-            seen[arm].append([row.task.prompt[0].content for row in rows])
+        def played(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+            episodes = plain(play, rows, n)
+            seen[arm].append([row.task.prompt[0].text for row in rows])
             said[arm].append([e.completion for e in episodes])
             return episodes
 
-        return Component("watched", play)
+        return Component("watched", played)
 
     online(by_sample, steps=4, sampler=watched("one")).run(context(tmp_path / "one", "rl"))
     other = online(by_sample, steps=4, sampler=watched("two"), lr=0.1, keep=[MIXED], epochs=2, loss=[NLL])
@@ -220,7 +235,7 @@ def test_keep_and_refill_train_on_whole_groups_of_new_prompts(tmp_path: Path) ->
     stage = online(half, keep=[MIXED], refill=3)
     ctx = context(tmp_path, "rl")
     policy = ctx.policy(None)
-    kept, seen = stage.draw(policy, shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), ctx, 1)
+    kept, seen = stage.draw({"policy": policy}, shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), {}, ctx, 1)
     groups = [e.group for e in kept]
     assert sorted(groups) == sorted([1, 3, 5, 7] * 4)  # all that there are, none twice
     assert len(seen) == 32
@@ -235,7 +250,7 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
 
     ctx = context(tmp_path, "rl")
     stage = online(few, keep=[MIXED], refill=9, prompts_per_step=5)
-    kept, _ = stage.draw(ctx.policy(None), shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), ctx, 1)
+    kept, _ = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), {}, ctx, 1)
     assert sorted(e.group for e in kept) == sorted([0, 1, 2, 3, 4] * 4)
     without: set[int] = set()
 
@@ -244,10 +259,10 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
         return [0.0] * len(episodes) if episodes[0].group in without else by_sample(episodes)
 
     stage = online(all_but_the_first, keep=[MIXED], refill=1, prompts_per_step=3)  # two groups are kept, then three more
-    kept, seen = stage.draw(ctx.policy(None), shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), ctx, 1)
+    kept, seen = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert (len(kept), len(seen), len({e.group for e in kept})) == (12, 24, 3)
     stage = online(by_sample, keep=[MIXED], refill=9, prompts_per_step=3)
-    kept, seen = stage.draw(ctx.policy(None), shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), ctx, 1)
+    kept, seen = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert len(kept) == len(seen) == 12
 
 
@@ -258,7 +273,7 @@ def test_each_step_and_each_refill_draws_anew(tmp_path: Path) -> None:
 
     def said(step: int) -> list[str]:
         prompts = iter([QUESTIONS[:4]] * 2)
-        return [e.completion for e in stage.draw(policy, prompts, ctx, step)[1]]
+        return [e.completion for e in stage.draw({"policy": policy}, prompts, {}, ctx, step)[1]]
 
     one, two = said(1), said(2)
     assert one == said(1)
@@ -461,7 +476,7 @@ def test_evaluate_takes_no_key_of_evaluation_during_training(key: str) -> None:
     binder = Binder()
     node = {"policies": {"rl": "@rl"}, "data": "@task/test", "metrics": ["accuracy"], key: 2}
     assert binder.record(Evaluate, "stage kind 'evaluate'", node, "stages.test") is None
-    known = "data, metrics, samples, temperature, top_k, top_p, max_new_tokens, limit, verifier, policies"
+    known = "data, metrics, samples, temperature, top_k, top_p, max_new_tokens, limit, verifier, sampler, policies"
     assert binder.errors == [f"stages.test.{key}: stage kind 'evaluate' takes no '{key}' (known: {known})"]
 
 

@@ -1,0 +1,91 @@
+"""Heads: linear functions of a model's hidden states that make it a critic or a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FILE = "heads.safetensors"
+
+
+class Heads(nn.Module):
+    """One number for each state that a head reads. `where` maps a head's name to what it reads (HEADS in rlx/types.py).
+
+    Weights are drawn from `seed` with a standard deviation of 1 / sqrt(hidden + 1). A head of the last position has no
+    bias, as in transformers' sequence classifiers: only differences of scores mean something.
+    """
+
+    def __init__(self, where: Mapping[str, str], hidden: int, seed: int) -> None:
+        super().__init__()
+        self.where = dict(where)
+        draw = torch.Generator().manual_seed(seed)
+        self.linear = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=at != "last") for name, at in self.where.items()})
+        for name, weight in self.linear.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=(hidden + 1) ** -0.5, generator=draw)
+
+    def load(self, folder: Path) -> None:
+        """Take the heads of the same name from a checkpoint, and its only head where this model has only one.
+
+        So a critic starts from the reward model's head.
+        """
+        from safetensors.torch import load_file
+
+        saved = load_file(folder / FILE)
+        names = {key.split(".")[1] for key in saved}
+        if len(names) == 1 == len(self.where):
+            (old,), (new,) = names, self.where
+            saved = {key.replace(f".{old}.", f".{new}."): value for key, value in saved.items()}
+        self.load_state_dict(saved, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the heads beside a model, with what each reads."""
+        from safetensors.torch import save_file
+
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / FILE, metadata=self.where)
+
+    def forward(self, hidden: Tensor, start: int, turn: Tensor, length: Tensor, want: set[str]) -> dict[str, Tensor]:
+        """What each head of `want` says. hidden (N,L,D), of which column start + t is the state after position t.
+
+        `turn` (N,T) is the field, `length` (N,) the number of positions of each sequence after its prompt.
+        """
+        columns = hidden.shape[1] - start
+        found = {}
+        for name, at in self.where.items():
+            if name not in want:
+                continue
+            x = self.linear[name](hidden.float())[..., 0]
+            if at == "token":
+                found[name] = x[:, start - 1 : start - 1 + columns]
+            elif at == "last":
+                found[name] = x.gather(1, (start + length - 1)[:, None])[:, 0]
+            else:
+                found[name] = x.gather(1, start + ends(turn[:, :columns], last=at == "after_turn") - (at == "before_turn"))
+        return found
+
+
+def saved_heads(folder: Path) -> dict[str, str]:
+    """What the heads of a checkpoint read, by name; none where it has none."""
+    from safetensors import safe_open
+
+    if not (folder / FILE).is_file():
+        return {}
+    with safe_open(folder / FILE, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def ends(turn: Tensor, *, last: bool) -> Tensor:
+    """The first or last position of each turn: (N,K) from the field `turn` (N,T); 0 for a turn without a position."""
+    count = max(1, int(turn.max()) + 1)
+    at = torch.arange(turn.shape[1], device=turn.device)
+    found = []
+    for k in range(count):
+        own = turn == k
+        edge = torch.where(own, at, -1).amax(1) if last else torch.where(own, at, turn.shape[1]).amin(1)
+        found.append(torch.where(own.any(1), edge, 0))
+    return torch.stack(found, 1)

@@ -1,0 +1,137 @@
+"""The models of a stage: where each comes from, what it offers, and how targets follow."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlx.build import hint, model_offers
+from rlx.types import HEADS, Component, Model, ModelName, ModelRef, Policy
+
+# The reference policy's fields go by the name that the field knows them by.
+PREFIX = {"reference": "ref"}
+
+
+@dataclass(kw_only=True)
+class Refresh:
+    """Give a frozen model the weights of another, every so many steps."""
+
+    every: int
+    to: str = "policy"
+
+
+@dataclass(kw_only=True)
+class ModelSpec:
+    """One model of a stage. It starts `from` a reference, is made by `model`, or follows another one as its `ema`.
+
+    `heads` maps names to what they read (HEADS in rlx/types.py). An ema target is p <- decay p + (1 - decay) q after each
+    update of the model that it follows.
+    """
+
+    from_: ModelRef | None = None
+    model: Component[Model] | None = None
+    heads: dict[str, str] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    add_tokens: list[str] = field(default_factory=list)
+    ema: str = ""
+    decay: float = 0.995
+    refresh: Refresh | None = None
+
+
+def as_spec(given: ModelRef | ModelSpec | None) -> ModelSpec:
+    """`@sft` is short for `{from: "@sft"}`."""
+    return given if isinstance(given, ModelSpec) else ModelSpec(from_=given)
+
+
+def spec_problems(specs: Mapping[str, ModelSpec]) -> list[str]:
+    """What is wrong with the models of a stage taken together."""
+    found = []
+    for name, spec in specs.items():
+        at = f"models.{name}"
+        if sum([spec.from_ is not None, spec.model is not None, bool(spec.ema)]) > 1:
+            found.append(f"{at}: takes one of from, model and ema")
+        for head, read in spec.heads.items():
+            if read not in HEADS:
+                found.append(f"{at}.heads.{head}: no head reads {read!r}{hint(read, HEADS)}")
+        for key, other in (("ema", spec.ema), ("refresh.to", spec.refresh.to if spec.refresh else "")):
+            if other and other not in specs:
+                found.append(f"{at}.{key}: the stage has no model {other!r}{hint(other, specs)}")
+        if not 0 <= spec.decay <= 1:
+            found.append(f"{at}.decay: expected 0 to 1, got {spec.decay}")
+    return found
+
+
+def offers(name: str, specs: Mapping[str, ModelSpec], base: frozenset[str]) -> set[str]:
+    """The fields that a model computes, known before it is loaded; `base` are those of the recipe's model."""
+    spec = specs[name]
+    if spec.ema in specs:
+        return offers(spec.ema, specs, base)
+    made = model_offers(spec.model) if spec.model is not None else base
+    return {*made, *spec.heads}
+
+
+def prefix(name: str) -> str:
+    """What a model's fields begin with."""
+    return PREFIX.get(name, name)
+
+
+def named(components: Iterable[Component[Any]]) -> Iterator[tuple[Component[Any], str, ModelName]]:
+    """(component, key, model) for each setting that names a model of the stage, in nested components as well."""
+    for component in components:
+        for key, value in component.settings.items():
+            if isinstance(value, ModelName):
+                yield component, key, value
+            elif isinstance(value, Component):
+                yield from ((component, f"{key}.{k}", m) for _, k, m in named([value]))
+
+
+def with_models(component: Component[Any], models: Mapping[str, Policy]) -> Component[Any]:
+    """The component with the models that its settings name in the names' place."""
+    given: dict[str, Any] = {}
+    for key, value in component.settings.items():
+        if isinstance(value, ModelName):
+            given[key] = models[value]
+        elif isinstance(value, Component) and any(named([value])):
+            given[key] = with_models(value, models)
+    if not given:
+        return component
+    settings = {**component.settings, **given}
+    return Component(**{**vars(component), "call": functools.partial(component.call, **given), "settings": settings})
+
+
+@torch.no_grad()
+def follow(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], trained: str) -> None:
+    """Move the ema targets of a model that has just been updated."""
+    for name, spec in specs.items():
+        if spec.ema == trained and name in models:
+            for target, source in zip(weights(models[name]), weights(models[trained]), strict=True):
+                target.lerp_(source, 1 - spec.decay)
+
+
+@torch.no_grad()
+def refresh(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], step: int) -> None:
+    """Renew the frozen models whose turn it is after this step."""
+    for name, spec in specs.items():
+        if spec.refresh is not None and name in models and step % spec.refresh.every == 0:
+            for target, source in zip(weights(models[name]), weights(models[spec.refresh.to]), strict=True):
+                target.copy_(source)
+
+
+def weights(policy: Policy) -> list[torch.Tensor]:
+    """Every weight of a model, heads included, trained or not."""
+    modules = [policy.module, getattr(policy, "heads", None)]
+    return [p for module in modules if module is not None for p in module.parameters()]
+
+
+def target_of(policy: Any) -> Any:
+    """A copy that is never trained: an ema target's start."""
+    made = copy.copy(policy)
+    made.module = copy.deepcopy(policy.module).requires_grad_(False)
+    if getattr(policy, "heads", None) is not None:
+        made.heads = copy.deepcopy(policy.heads).requires_grad_(False)
+    return made

@@ -1,0 +1,57 @@
+"""From a collated batch to what its loss terms read: fields of other models, derives, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rlx.learner import computed
+from rlx.stages.models import prefix
+from rlx.tensors import seq_sum
+from rlx.types import Advantage, Batch, Component, Derive, Episode, Policy
+
+
+def fill(
+    batch: Batch,
+    reads: set[str],
+    models: Mapping[str, Policy],
+    owners: Mapping[str, Policy],
+    token_budget: int,
+    temperature: float,
+) -> None:
+    """Add the fields of `reads` that models make and the forward in training does not: `ref_logp`, `critic_value`, `old_value`.
+
+    `owners` maps what the trained models offer to the model that offers it: `old_x` is its x of now.
+    """
+    wanted: dict[str, tuple[Policy, dict[str, str]]] = {}
+    for name, policy in models.items():
+        wanted[prefix(name)] = policy, {f"{prefix(name)}_{x}": x for x in policy.offers}
+    for x, policy in owners.items():
+        wanted[f"old {x}"] = policy, {f"old_{x}": x}
+    if "old_logp" in reads:  # those that drew the tokens are known, and cost no forward
+        batch["old_logp"] = batch["rollout_logp"]
+    for policy, fields in wanted.values():
+        missing = {name: x for name, x in fields.items() if name in reads and name not in batch}
+        if missing:
+            found = computed(policy, batch, set(missing.values()), token_budget, temperature)
+            batch.update({name: found[x] for name, x in missing.items()})
+
+
+def columns(batch: Batch, names: Sequence[str], episodes: Sequence[Episode]) -> None:
+    """Add numeric columns of the data as fields (N,)."""
+    for name in names:
+        values = [float(e.task.meta[name]) for e in episodes]
+        batch[name] = torch.tensor(values, device=batch["ret"].device)
+
+
+def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequence[Component[Advantage]]) -> None:
+    """Run the derives in order, then the advantages (a weighted sum), on the whole batch."""
+    for d in derive:
+        value = d.call(*(batch[name] for name in d.reads))
+        batch[d.into] = batch[d.into] + value if d.add else value
+        if d.into == "reward":  # what is paid along the way is part of the total
+            batch["ret"] = seq_sum(batch["reward"], batch["mask"])
+    if advantage:
+        parts = [a.weight * a.call(*(batch[name] for name in a.reads)) for a in advantage]
+        batch["adv"] = sum(parts[1:], parts[0])
