@@ -16,7 +16,8 @@ import yaml
 from rlx.claims import METHOD, Claim, Outcome, Verdict, outcomes, value_at, verdict
 from rlx.graph import Node, execute, graph, seconds_of
 from rlx.report.read import Run, load_run, lower_is_better
-from rlx.run import code_hash, write_json
+from rlx.run import write_json
+from rlx.source import claim_hash
 from rlx.types import ConfigError
 
 Tried = dict[str, list[tuple[dict[str, Any], float]]]
@@ -56,7 +57,7 @@ def reproduce(
     config: dict[str, Any], claim: Claim, root: Path, *, seeds: Sequence[int], jobs: int, trust: Sequence[str] = ()
 ) -> Result:
     """Tune every arm alike, run every arm on every seed, decide; add seeds while the verdict is inconclusive."""
-    code, lab, used = code_hash(), Lab(root, jobs, trust), list(seeds)
+    code, lab, used = claim_hash(config), Lab(root, jobs, trust), list(seeds)
     shutil.rmtree(root / "runs", ignore_errors=True)  # links to stages, made anew below
     tuned, tried = tune(config, claim, lab)
     while True:

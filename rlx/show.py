@@ -36,10 +36,13 @@ def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, resu
 def recorded(name: str, extra: Path | None) -> str:
     """The verdict in docs/results, and whether the code has changed since."""
     from rlx.claims import recorded_verdict, settings_hash
-    from rlx.run import code_hash
+    from rlx.source import claim_hash
 
     path = Path("docs/results") / f"{name.replace('/', '-')}.md"
-    return recorded_verdict(path, code_hash(), settings_hash(compose([name], extra).config) if path.is_file() else "")
+    if not path.is_file():
+        return recorded_verdict(path, "", "")
+    config = compose([name], extra).config
+    return recorded_verdict(path, claim_hash(config), settings_hash(config))
 
 
 def show_recipe(arguments: list[str], extra: Path | None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlx.run import code_hash
+from rlx.compose import compose
+from rlx.source import claim_hash
 
 RECIPE = """\
 purpose: "two steps more"
@@ -56,7 +57,8 @@ def test_a_claim_and_its_verdicts(rlx):
     assert "\n| arm | more/loss | steps | rollouts |\n" in page
     assert "\n![Curves of every arm and seed](claimed.png)\n" in page
     assert "`rlx reproduce claimed scale=smoke --jobs 2 --out docs/results --recipes mine`" in page
-    assert f"by code `{code_hash()}`, settings `" in page
+    code = claim_hash(compose(["claimed", "scale=smoke"], Path("mine")).config)
+    assert f"by code `{code}`, settings `" in page
     assert Path("docs/results/claimed.png").read_bytes().startswith(b"\x89PNG")
     found = data("docs/results")
     assert (found["verdict"], found["seeds"], found["tuned"]) == ("reproduced", [0, 1, 2], {"method": {}, "frozen": {}})
@@ -70,7 +72,7 @@ def test_a_claim_and_its_verdicts(rlx):
 
     # What the table of recipes says of it (scale=smoke is not the recipe), now and after the code has changed.
     assert "[reproduced, stale: other settings]\n" in rlx("list", "claimed", "--results").out
-    Path("docs/results/claimed.md").write_text(page.replace(code_hash(), "0" * 16))
+    Path("docs/results/claimed.md").write_text(page.replace(code, "0" * 16))
     assert "[reproduced, stale: other code and settings]\n" in rlx("list", "claimed", "--results").out
     assert "[no result]\n" in rlx("list", "small", "--results").out
 
