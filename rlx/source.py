@@ -78,6 +78,7 @@ def own_file(text: str) -> set[Path]:
     return {file.resolve()} if file.suffix == ".py" and file.is_file() else set()
 
 
+@functools.cache
 def label(file: Path) -> str:
     """A file's name in the hash: the same on every machine."""
     return file.relative_to(PACKAGE).as_posix() if file.is_relative_to(PACKAGE) else file.name

@@ -37,7 +37,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """As a new process would."""
-    for kept in (source.reach, source.imports, source.files_of, source.source):
+    for kept in (source.reach, source.imports, source.files_of, source.source, source.label):
         kept.cache_clear()
 
 

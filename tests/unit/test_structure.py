@@ -22,7 +22,7 @@ from rlx.app import claim_if_any
 from rlx.build import GROUP_OF, signature
 from rlx.catalogue import CATALOGUE
 from rlx.check import components
-from rlx.compose import compose, recipes
+from rlx.compose import as_written, compose, recipes
 from rlx.paths import CONF, PACKAGE, RECIPES
 from rlx.plan import plan
 from rlx.show import table_of_recipes
@@ -178,6 +178,7 @@ def test_every_recipe_binds_and_its_parts_work_on_a_generated_batch(name: str) -
     composed = compose([name])
     assert components(plan(composed.config, swapped=composed.swapped, given=composed.given)) == []
     assert composed.config["purpose"]
+    assert as_written(name, recipes()) == composed.config
     claim_if_any(composed.config)
 
 
