@@ -210,6 +210,7 @@ def reproduce(
 ) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
     from rlx.claims import EXIT_STATUS, MINUTES, claim_of, seed_problems
+    from rlx.reproduce import alone
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
 
@@ -224,10 +225,11 @@ def reproduce(
     chosen = whole_numbers(seeds) if seeds else claim.seeds
     name = f"paper-{slug}" if paper else slug
     root = Path("runs") / "reproduce" / name
-    result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
     folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
-    page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
+    with alone(root):
+        result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
+        page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
     print(text)
     print(f"result: {page}   runs: {root / 'runs'}")
     return EXIT_STATUS[result.verdict]

@@ -1,12 +1,17 @@
 """`rlx reproduce` from a recipe to its verdict, once: every stage is trained in the first test run and taken up after that."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rlx.compose import compose
+from rlx.reproduce import alone
 from rlx.source import claim_hash
 
 RECIPE = """\
@@ -91,6 +96,24 @@ def test_a_claim_and_its_verdicts(rlx):
     third = rlx(*FIRST)
     assert third.status == 4
     assert "inconclusive at 3 seeds; adding seed 3" in third.out
+
+
+def test_a_claim_is_run_by_one_process_at_a_time(rlx):
+    claim(max=5.0)
+    command = [sys.executable, "-m", "rlx.cli", *FIRST, "--recipes", "mine"]
+    lock = Path("runs/reproduce/claimed/.lock")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as first:
+        try:
+            while first.poll() is None and not (lock.is_file() and lock.read_text()):
+                time.sleep(0.02)
+            second = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+            assert first.poll() is None
+        finally:
+            first.terminate()
+    said = f"rlx: runs/reproduce/claimed: this claim is being run already (pid {first.pid}); wait for it to end\n"
+    assert (second.returncode, second.stdout, second.stderr) == (1, "", said)
+    with alone(lock.parent):
+        assert lock.read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize(
