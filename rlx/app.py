@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, sto
 from rlx.plan import Plan, plan
 from rlx.report.read import JOBS, job_run
 from rlx.types import ConfigError
+
+SWEEP = "sweep.json"
 
 
 def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple[Composed, Plan]:
@@ -61,7 +64,7 @@ def options(extra: Path | None, trust: list[str]) -> list[str]:
 def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     """Hydra's multirun: every job is `rlx train` in a process of its own, and a row of the table whether it fails or not.
 
-    Raises Failed where a job failed.
+    Raises Failed where a job failed, ConfigError where the directory holds another sweep's jobs.
     """
     from rlx.report.tables import sweep_table
     from rlx.run import Failed, stoppable
@@ -69,10 +72,12 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     known = recipes(extra)
     folder = [a.partition("=")[2] for a in arguments if a.startswith("run_dir=")]
     root = Path(folder[-1] if folder else datetime.datetime.now().strftime("multirun/%Y-%m-%d_%H-%M-%S"))
-    texts = prepare([a for a in arguments if not a.startswith("run_dir=")], known, sweep=True)
+    given = [a for a in arguments if not a.startswith("run_dir=")]
+    texts = prepare(given, known, sweep=True)
     store(known)
     job = functools.partial(sweep_job, root, [sys.executable, "-m", "rlx.cli", "train", *options(extra, trust)])
     with writable(root):
+        same_sweep(root, words(given))
         (root / JOBS).unlink(missing_ok=True)
     try:
         with stoppable():
@@ -92,6 +97,27 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     print(f"\nsweep directory: {root}\nlook at it:      rlx report {root}")
     if failed := sum(run.info.get("status") != "finished" for run in runs):
         raise Failed(f"{failed} of {len(runs)} jobs failed")
+
+
+def same_sweep(root: Path, given: list[str]) -> None:
+    """Note down what a sweep's directory is of. Raises ConfigError where it holds the jobs of a sweep with other overrides."""
+    from rlx.run import FREE, differences, read_json, write_json
+
+    # Where the jobs run changes none of them.
+    free = re.compile(rf"\+*({'|'.join(FREE)}|hydra[./]launcher)\b")
+    now = {key: value for key, _, value in (word.partition("=") for word in given) if not free.match(key)}
+    there: dict[str, str] = read_json(root / SWEEP)
+    if there and any(root.glob("*/config.yaml")):
+        changes = differences(there, now)
+        if not changes and list(there) != list(now):  # jobs are numbered in the order of the overrides
+            changes = [f"order: {' '.join(there)} -> {' '.join(now)}"]
+        if changes:
+            shown = "\n".join(f"  {line}" for line in changes)
+            raise ConfigError(
+                f"run_dir={root} holds the jobs of another sweep; start it with the same overrides or choose another "
+                f"directory. What differs (there -> now):\n{shown}"
+            )
+    write_json(root / SWEEP, now)
 
 
 @contextlib.contextmanager
@@ -210,6 +236,7 @@ def reproduce(
 ) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
     from rlx.claims import EXIT_STATUS, MINUTES, claim_of, seed_problems
+    from rlx.reproduce import alone
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
 
@@ -224,10 +251,11 @@ def reproduce(
     chosen = whole_numbers(seeds) if seeds else claim.seeds
     name = f"paper-{slug}" if paper else slug
     root = Path("runs") / "reproduce" / name
-    result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
     folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
-    page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
+    with alone(root):
+        result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
+        page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
     print(text)
     print(f"result: {page}   runs: {root / 'runs'}")
     return EXIT_STATUS[result.verdict]

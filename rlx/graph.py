@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from rlx.plan import plan
-from rlx.run import code_hash, make_tracker, quiet, run_stage, stoppable, versions
+from rlx.run import make_tracker, quiet, run_stage, stoppable, versions
+from rlx.source import code_hash
 from rlx.track import Lines
 from rlx.types import ConfigError
 
@@ -47,13 +48,14 @@ def graph(config: dict[str, Any], needs: Sequence[str], trust: Sequence[str] = (
     made = plan(config, trusted=trust)
     if absent := [name for name in needs if name not in made.inputs]:
         raise ConfigError(f"claim: a metric is of stage {absent[0]!r}, which this arm does not have")
-    code, installed = code_hash(), versions()
+    installed = versions()
     nodes: dict[str, Node] = {}
 
     def node(name: str) -> Node:
         if name not in nodes:
             inputs = tuple(node(i) for i in made.inputs[name])
             stage = made.config["stages"][name]
+            code = stage_code(made.config, name)
             shared = {k: made.config.get(k) for k in ("model", "task", "seed", "objective")}
             decides = {
                 "name": name,
@@ -72,6 +74,11 @@ def graph(config: dict[str, Any], needs: Sequence[str], trust: Sequence[str] = (
     for name in needs:
         node(name)
     return list(nodes.values())
+
+
+def stage_code(config: Mapping[str, Any], name: str) -> str:
+    """A hash of the code that one stage can reach: arms share a stage whatever their other stages run."""
+    return code_hash({**config, "stages": {name: config["stages"][name]}}, "rlx.graph")
 
 
 def files(node: Any) -> dict[str, str]:
@@ -191,12 +198,13 @@ def main(folder: Path, stage: str, code: str, trust: Sequence[str]) -> None:
     """One node in a process of its own. Raises ConfigError where the code is no longer what the node's key was made from."""
     import torch
 
-    if code_hash() != code:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if stage_code(config, stage) != code:
         raise ConfigError("the code of rlx changed while the claim ran; start it again")
     torch.set_num_threads(1)
     quiet()
     began = time.monotonic()
-    made = plan(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), trusted=trust)
+    made = plan(config, trusted=trust)
     group = f"reproduce-{made.config['recipe'].replace('/', '-')}"
     tracker = make_tracker(made, folder, {"tracker_id": folder.name, "sweep": group})
     try:

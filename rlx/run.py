@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +28,7 @@ from rlx.build import hint
 from rlx.health import health
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
+from rlx.source import code_hash
 from rlx.stages.context import Context
 from rlx.track import Display, Lines, Live, Log, NoTracker, Tracker, Wandb
 from rlx.types import ConfigError
@@ -158,15 +158,16 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
     """
     folder = run_dir / name
     done = folder / "DONE"
+    config = plan.config["stages"][name]
+    code = code_hash({**plan.config, "stages": {name: config}})
     if done.is_file():
         record = read_json(done)
-        by = "" if record.get("code") == code_hash() else " by other code than this (delete its DONE to run it again)"
+        by = "" if record.get("code") == code else " by other code than this (delete its DONE to run it again)"
         display.say(f"[{name}] done before{by}; skipped")
         finished: dict[str, float] = record["summary"]
         return finished
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     quiet()
-    config = plan.config["stages"][name]
     display.say(f"[{name}] {plan.stages[name].describe()}")
     log = Log(
         folder, name, display=display, tracker=tracker, health=health if plan.config.get("scale") != "smoke" else no_advice
@@ -192,7 +193,7 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         raise
     finally:
         log.close()
-    write_json(done, {"kind": config["kind"], "summary": summary, "code": code_hash()})
+    write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
     return summary
 
 
@@ -238,7 +239,7 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], s
         "seed": plan.config["seed"],
         "created": info.get("created") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git_revision(),
-        "code": code_hash(),
+        "code": code_hash(plan.config),
         "versions": versions(),
         "hardware": hardware(),
         "objective": info.get("objective"),
@@ -315,20 +316,6 @@ def git_revision() -> str | None:
     if not head:
         return None
     return head + (" (with local changes)" if ask("status", "--porcelain") else "")
-
-
-# Modules that only print: a result does not depend on them.
-PRINTS = ("cli.py", "show.py", "page.py", "plots.py", "result.py")
-
-
-def code_hash() -> str:
-    """A hash of every source file of rlx but those that only print: two results with equal hashes come from the same code."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path.name in PRINTS:
-            continue
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlx.compose import RecipeFile, compose, recipes
+from rlx.compose import RecipeFile, as_written, compose, recipes
 
 if TYPE_CHECKING:
     from rlx.types import Episode, TextPolicy
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, results: bool) -> None:
     """One line a recipe. Reads the files alone."""
     found = []
-    for recipe in recipes(extra).values():
+    known = recipes(extra)
+    for recipe in known.values():
         node = recipe.read()
         paper = node.get("paper") or {}
         searched = f"{recipe.name} {node.get('purpose', '')} {paper.get('title', '')}".lower()
@@ -29,17 +30,20 @@ def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, resu
     found.sort(key=lambda pair: pair[0].family == "paper")  # what runs here first
     width = max(len(recipe.name) for recipe, _ in found)
     for recipe, node in found:
-        verdict = f"  [{recorded(recipe.name, extra)}]" if results else ""
+        verdict = f"  [{recorded(recipe.name, known)}]" if results else ""
         print(f"{recipe.name:{width}}  {node.get('purpose', '')}{verdict}")
 
 
-def recorded(name: str, extra: Path | None) -> str:
+def recorded(name: str, known: dict[str, RecipeFile]) -> str:
     """The verdict in docs/results, and whether the code has changed since."""
     from rlx.claims import recorded_verdict, settings_hash
-    from rlx.run import code_hash
+    from rlx.source import claim_hash
 
     path = Path("docs/results") / f"{name.replace('/', '-')}.md"
-    return recorded_verdict(path, code_hash(), settings_hash(compose([name], extra).config) if path.is_file() else "")
+    if not path.is_file():
+        return recorded_verdict(path, "", "")
+    config = as_written(name, known)
+    return recorded_verdict(path, claim_hash(config), settings_hash(config))
 
 
 def show_recipe(arguments: list[str], extra: Path | None) -> None:

@@ -123,7 +123,7 @@ def test_all_mistakes_at_once(rlx):
 RECIPES = {
     "YAML": (
         "purpose: x\nmodel: {name: tiny\nseed: 1\n",
-        "mine/bad.yaml line 3: is not YAML: expected ',' or '}', but got ':'",
+        "mine/bad.yaml line 3: is not YAML: did not find expected ',' or '}'",
     ),
     "list": ("- 1\n", "mine/bad.yaml: a recipe is a mapping, got list"),
     "hydra": ("hydra: {run: {dir: /}}\n", "mine/bad.yaml: `hydra:` is not for recipes"),

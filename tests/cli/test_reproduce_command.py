@@ -1,12 +1,18 @@
 """`rlx reproduce` from a recipe to its verdict, once: every stage is trained in the first test run and taken up after that."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlx.run import code_hash
+from rlx.compose import compose
+from rlx.reproduce import alone
+from rlx.source import claim_hash
 
 RECIPE = """\
 purpose: "two steps more"
@@ -56,7 +62,8 @@ def test_a_claim_and_its_verdicts(rlx):
     assert "\n| arm | more/loss | steps | rollouts |\n" in page
     assert "\n![Curves of every arm and seed](claimed.png)\n" in page
     assert "`rlx reproduce claimed scale=smoke --jobs 2 --out docs/results --recipes mine`" in page
-    assert f"by code `{code_hash()}`, settings `" in page
+    code = claim_hash(compose(["claimed", "scale=smoke"], Path("mine")).config)
+    assert f"by code `{code}`, settings `" in page
     assert Path("docs/results/claimed.png").read_bytes().startswith(b"\x89PNG")
     found = data("docs/results")
     assert (found["verdict"], found["seeds"], found["tuned"]) == ("reproduced", [0, 1, 2], {"method": {}, "frozen": {}})
@@ -70,7 +77,7 @@ def test_a_claim_and_its_verdicts(rlx):
 
     # What the table of recipes says of it (scale=smoke is not the recipe), now and after the code has changed.
     assert "[reproduced, stale: other settings]\n" in rlx("list", "claimed", "--results").out
-    Path("docs/results/claimed.md").write_text(page.replace(code_hash(), "0" * 16))
+    Path("docs/results/claimed.md").write_text(page.replace(code, "0" * 16))
     assert "[reproduced, stale: other code and settings]\n" in rlx("list", "claimed", "--results").out
     assert "[no result]\n" in rlx("list", "small", "--results").out
 
@@ -89,6 +96,24 @@ def test_a_claim_and_its_verdicts(rlx):
     third = rlx(*FIRST)
     assert third.status == 4
     assert "inconclusive at 3 seeds; adding seed 3" in third.out
+
+
+def test_a_claim_is_run_by_one_process_at_a_time(rlx):
+    claim(max=5.0)
+    command = [sys.executable, "-m", "rlx.cli", *FIRST, "--recipes", "mine"]
+    lock = Path("runs/reproduce/claimed/.lock")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as first:
+        try:
+            while first.poll() is None and not (lock.is_file() and lock.read_text()):
+                time.sleep(0.02)
+            second = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+            assert first.poll() is None
+        finally:
+            first.terminate()
+    said = f"rlx: runs/reproduce/claimed: this claim is being run already (pid {first.pid}); wait for it to end\n"
+    assert (second.returncode, second.stdout, second.stderr) == (1, "", said)
+    with alone(lock.parent):
+        assert lock.read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlx.run import code_hash, write_text
+from rlx.run import write_text
+from rlx.source import code_hash
 
 
 def rows(path: str) -> list[dict]:
@@ -77,7 +78,9 @@ def test_stages_that_are_done_are_skipped(rlx):
     before = weights.stat().st_mtime_ns
     rl = rows("out/rl/metrics.jsonl")
     done = json.loads(Path("out/sft/DONE").read_text())
-    assert done["code"] == code_hash()
+    config = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert info()["code"] == code_hash(config)
+    assert done["code"] == code_hash({**config, "stages": {"sft": config["stages"]["sft"]}})
     Path("out/rl/checkpoints/step-000077").mkdir()
     # What kill -9 leaves in the second stage: a status that says running, half a log, no DONE.
     Path("out/rl/DONE").unlink()

@@ -2,10 +2,21 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+
+OTHER = (
+    "rlx: run_dir=sweep holds the jobs of another sweep; start it with the same overrides or choose another directory. "
+    "What differs (there -> now):\n"
+)
+
+
+def written() -> dict[Path, int]:
+    """Every file of the sweep and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in Path("sweep").rglob("*") if path.is_file()}
 
 
 def jobs(folder: str) -> dict[str, tuple[int, str]]:
@@ -35,21 +46,40 @@ def test_four_jobs_a_report_and_a_restart(rlx):
         ["2", "finished", "seed=1"],
         ["3", "finished", "seed=1"],
     ]
-    assert sorted(p.name for p in Path("sweep").iterdir()) == ["0", "1", "2", "3", "jobs.jsonl", "multirun.yaml"]
+    assert sorted(p.name for p in Path("sweep").iterdir()) == ["0", "1", "2", "3", "jobs.jsonl", "multirun.yaml", "sweep.json"]
     assert sorted(p.name for p in Path().iterdir()) == ["mine", "sweep"]
     assert json.loads(Path("sweep/2/run.json").read_text())["sweep"] == "sweep"
     page = rlx("report", "sweep")
     assert (page.status, page.out) == (0, "sweep/report.html\n")
     assert "stages.rl.lr=0.0003" in Path("sweep/report.html").read_text()
 
-    # Started again with another second value: what is done is skipped, what has changed is refused.
-    weights = Path("sweep/0/rl/out/model.safetensors").stat().st_mtime_ns
-    result = rlx("train", "-m", "recipe=small", "seed=0", "stages.rl.lr=1e-4,5e-4", "run_dir=sweep")
-    assert result.status == 1
-    assert "sweep/0: finished before; nothing is run again\n" in result.out
-    assert Path("sweep/0/rl/out/model.safetensors").stat().st_mtime_ns == weights
-    assert "  stages.rl.lr: 0.0003 -> 0.0005\n" in result.err
-    assert result.err.endswith("rlx: 1 of 2 jobs failed\n")
+    # Other overrides are refused at once, and nothing in the directory changes.
+    before = written()
+    for changed, said in (
+        (["seed=0,2", "stages.rl.lr=1e-4,3e-4"], "seed: 0,1 -> 0,2"),
+        (["seed=0,1"], "stages.rl.lr: 1e-4,3e-4 -> (absent)"),
+        (["seed=0,1", "stages.rl.lr=1e-4,3e-4", "~stages.test"], "~stages.test: (absent) -> "),
+        (["stages.rl.lr=1e-4,3e-4", "seed=0,1"], "order: recipe seed stages.rl.lr -> recipe stages.rl.lr seed"),
+    ):
+        other = rlx("train", "-m", "small", *changed, "run_dir=sweep")
+        assert (other.status, other.out, other.err) == (2, "", f"{OTHER}  {said}\n")
+    assert written() == before
+
+    # The same sweep skips what has finished and runs the rest; where it runs and what it logs to may change.
+    shutil.rmtree("sweep/2")
+    free = ["hydra/launcher=basic", "track=none"]
+    again = rlx("train", "-m", "small", "seed=0,1", "stages.rl.lr=1e-4,3e-4", *free, "run_dir=sweep")
+    assert (again.status, again.err) == (0, "")
+    assert again.out.count(": finished before; nothing is run again\n") == 3
+    assert [status for status, _ in jobs("sweep").values()] == [0, 0, 0, 0]
+    changed = {path.parts[1] for path, when in written().items() if before.get(path) != when and len(path.parts) > 2}
+    assert changed == {"2"}
+
+
+def test_a_sweep_that_never_began_leaves_its_directory_free(rlx):
+    assert rlx("train", "-m", "small", "hydra/launcher=slurmm", "seed=0,1", "run_dir=sweep").status == 2
+    assert rlx("train", "-m", "small", "stages.rl.group_size=1", "run_dir=sweep").status == 1
+    assert rlx("train", "-m", "small", "seed=4", "run_dir=sweep").status == 0
 
 
 def test_a_failing_job_leaves_the_others(rlx):

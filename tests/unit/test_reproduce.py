@@ -2,13 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rlx import graph as stages
 from rlx.claims import Check, Claim
-from rlx.graph import Node, content_hash, done, execute, files, graph, tail
+from rlx.graph import Node, content_hash, done, execute, files, graph, stage_code, tail
 from rlx.report.read import Run, StageLog
 from rlx.reproduce import arm_config, arm_run, core_seconds, equal_budget, put, spent
 from rlx.types import ConfigError
@@ -135,8 +136,14 @@ def test_a_key_does_not_change_with_a_stage_that_it_does_not_start_from():
 
 def test_a_key_changes_with_the_code(monkeypatch):
     before = keys()
-    monkeypatch.setattr(stages, "code_hash", lambda: "other")
+    monkeypatch.setattr(stages, "code_hash", lambda *_: "other")
     assert keys()["base"] != before["base"]
+
+
+def test_a_key_does_not_change_with_the_code_of_another_stage():
+    changed = keys(stages_more_loss=[{"name": "entropy"}])
+    assert changed["base"] == keys()["base"]
+    assert changed["more"] != keys()["more"]
 
 
 def test_a_graph_of_a_config_with_a_mistake():
@@ -218,7 +225,8 @@ def test_stages_that_are_done_are_not_run(tmp_path, capsys):
 
 
 def test_a_stage_that_fails_is_told_with_the_end_of_its_log_and_what_follows_is_not_run(tmp_path, capsys):
-    wrong = Node("base-0", "base", {"recipe": "x", "seed": 0, "stages": {"base": {"kind": "fitt"}}}, stages.code_hash(), ())
+    wrong = Node("base-0", "base", {"recipe": "x", "seed": 0, "stages": {"base": {"kind": "fitt"}}}, "", ())
+    wrong = replace(wrong, code=stage_code(wrong.config, "base"))
     after = Node("more-0", "more", wrong.config, wrong.code, (wrong,))
     with pytest.raises(ConfigError) as caught:
         execute([wrong, after, wrong], tmp_path, 2)

@@ -11,20 +11,22 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from rlx.app import claim_if_any
-from rlx.build import signature
+from rlx.build import GROUP_OF, signature
 from rlx.catalogue import CATALOGUE
 from rlx.check import components
-from rlx.compose import compose, recipes
+from rlx.compose import as_written, compose, recipes
 from rlx.paths import CONF, PACKAGE, RECIPES
 from rlx.plan import plan
 from rlx.show import table_of_recipes
-from rlx.types import FIELDS
+from rlx.types import FIELDS, Component
 
 ROOT = PACKAGE.parent
 
@@ -42,6 +44,7 @@ methods
 optim
 learner
 paths catalogue health track report
+source
 build
 plan
 compose
@@ -59,6 +62,7 @@ cli
 APART = {
     "catalogue": set(),
     "paths": set(),
+    "source": {"catalogue", "paths"},
     "health": set(),
     "track": {"types"},
     "report": {"types"},
@@ -138,6 +142,29 @@ def test_every_name_of_the_catalogue_is_there(group: str) -> None:
         assert callable(getattr(importlib.import_module(module), attr)), target
 
 
+def parameters(target: object) -> list[tuple[str, str]]:
+    """Each parameter of a component, or of a record inside it, that takes components: its name and their group."""
+    found = []
+    waiting = list(get_type_hints(target).items())
+    while waiting:
+        name, hint = waiting.pop()
+        if get_origin(hint) is Component:
+            found.append((name, GROUP_OF[get_args(hint)[0]]))
+        elif is_dataclass(hint):
+            waiting += get_type_hints(hint).items()
+        else:
+            waiting += [(name, inside) for inside in get_args(hint)]
+    return found
+
+
+def test_a_key_that_is_called_as_a_group_takes_names_of_that_group() -> None:
+    """rlx/source.py goes by it."""
+    targets = [target.partition(":") for names in CATALOGUE.values() for target in names.values()]
+    found = {pair for module, _, attr in targets for pair in parameters(getattr(importlib.import_module(module), attr))}
+    assert len(found) >= 10
+    assert [(key, group) for key, group in found if key.removesuffix("s") in CATALOGUE and key.removesuffix("s") != group] == []
+
+
 @pytest.mark.parametrize("group", ["loss", "advantage", "derive", "watch"])
 def test_components_read_fields_that_exist(group: str) -> None:
     for name, target in CATALOGUE[group].items():
@@ -151,6 +178,7 @@ def test_every_recipe_binds_and_its_parts_work_on_a_generated_batch(name: str) -
     composed = compose([name])
     assert components(plan(composed.config, swapped=composed.swapped, given=composed.given)) == []
     assert composed.config["purpose"]
+    assert as_written(name, recipes()) == composed.config
     claim_if_any(composed.config)
 
 
