@@ -16,9 +16,10 @@ from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
 from rlx.rollout.samplers import resampled
+from rlx.stages.buffers import Buffer, BufferSpec
 from rlx.stages.models import ModelSpec, target_of, weights
 from rlx.stages.online import Online
-from rlx.stages.updates import Buffer, BufferSpec, UpdateSpec
+from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
 from rlx.types import Component, ConfigError, Episode, ModelRef, Sampling
 
