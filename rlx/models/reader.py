@@ -56,21 +56,16 @@ class CausalReader:
         self.attend = attend
         self.cache = DynamicCache(config=policy.module.config)
         with policy.autocast():
-            out = policy.module(
-                input_ids=ids,
-                attention_mask=attend,
-                position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **policy.image_inputs([view.images for view in views]),
-            )
+            read = policy.reading(ids, attend, [view.images for view in views])
+            out = policy.module(**read, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.logits = out.logits[:, -1]
+        last = read["position_ids"][..., -1:]  # (R,1); of time, height and width (3,R,1), text goes on after the largest
+        self.place = (last if last.dim() == 2 else last.amax(0)) + 1
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, in this order; a row may be named several times."""
         self.cache.batch_select_indices(rows)
-        self.logits, self.attend = self.logits[rows], self.attend[rows]
+        self.logits, self.attend, self.place = self.logits[rows], self.attend[rows], self.place[rows]
 
     def read(self, token: Tensor) -> None:
         """Read one more id in each row: (R,)."""
@@ -79,7 +74,8 @@ class CausalReader:
             self.logits = self.policy.module(
                 input_ids=token[:, None],
                 attention_mask=self.attend,
-                position_ids=self.attend.sum(-1, keepdim=True) - 1,
+                position_ids=self.place,
                 past_key_values=self.cache,
                 use_cache=True,
             ).logits[:, -1]
+        self.place = self.place + 1
