@@ -24,6 +24,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
         "log_ratio": "rlx.derive:log_ratio",
+        "value_in_use": "rlx.methods.rlgf:value_in_use",
+        "paid_at_end": "rlx.methods.rlgf:paid_at_end",
     },
     "watch": {
         "clip_fraction": "rlx.losses.watch:clip_fraction",
@@ -65,6 +67,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "guided": "rlx.methods.rlgf:guided",
     },
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
@@ -73,6 +76,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
+        "letter_chain": "rlx.data.chain:letter_chain",
         "files": "rlx.data.files:files",
     },
     "data": {
@@ -83,6 +87,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "model": {
         "tiny": "rlx.models.load:tiny",
+        "tiny_t5": "rlx.models.load:tiny_t5",
         "pretrained": "rlx.models.load:pretrained",
     },
     "optim": {

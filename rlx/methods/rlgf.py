@@ -83,6 +83,9 @@ def guided(
     return episodes
 
 
+guided.streams = ("by_guide", "critic_mask", "guide_critic_mask", "string_mask")  # type: ignore[attr-defined]
+
+
 def guide_rolls_in(play: Play, scheme: Scheme, tau: float) -> bool:
     """Whether this step is one of PPO++; steps count from 1."""
     by_scheme = {
@@ -152,6 +155,6 @@ def value_in_use(old_value: Tensor, old_guide_value: Tensor, guide_critic_mask: 
     return torch.where(guide_critic_mask.any(-1, keepdim=True), old_guide_value, old_value)
 
 
-def paid_at_end(ret: Tensor, string_mask: Tensor) -> Tensor:
-    """The total reward on the last id of the answer, whoever wrote it: (N,T)."""
-    return torch.where(last_position(string_mask), ret[:, None], 0.0)
+def paid_at_end(ret: Tensor, mask: Tensor) -> Tensor:
+    """The total reward on the last position of the mask: (N,T). Read as `string_mask`, that is the end of the answer."""
+    return torch.where(last_position(mask), ret[:, None], 0.0)
