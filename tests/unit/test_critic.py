@@ -34,13 +34,9 @@ def test_a_cut_episode_goes_on_with_its_bootstrap() -> None:
 
 def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error() -> None:
     reward, value, bootstrap, mask = random_batch()
-    inside_value, total = torch.where(mask, value, 0.0), returns(reward, mask, gamma=0.9)
-    torch.testing.assert_close(
-        gae(reward, value, bootstrap, mask, gamma=0.9, lam=1.0), returns(reward, mask, gamma=0.9) - inside_value
-    )
-    torch.testing.assert_close(
-        lambda_returns(reward, value, bootstrap, mask, gamma=0.9, lam=1.0), returns(reward, mask, gamma=0.9)
-    )
+    total, inside = returns(reward, mask, gamma=0.9), torch.where(mask, value, 0.0)
+    torch.testing.assert_close(gae(reward, value, bootstrap, mask, gamma=0.9, lam=1.0), total - inside)
+    torch.testing.assert_close(lambda_returns(reward, value, bootstrap, mask, gamma=0.9, lam=1.0), total)
     errors = gae(reward, value, bootstrap, mask, gamma=0.9, lam=0.0)
     for i in range(len(mask)):
         at = mask[i].nonzero()[:, 0].tolist()
