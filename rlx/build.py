@@ -190,6 +190,12 @@ class Binder:
             last = path.rpartition(".")[2]
             what = f"a {getattr(hint_, '__name__', last).lower()}" if last.isdecimal() else f"`{last}`"
             return self.record(hint_, what, value, path)
+        if typing.is_typeddict(hint_):
+            if not isinstance(value, Mapping):
+                self.errors.append(f"{path}: expected a mapping, got {value!r}")
+                return None
+            params = {key: Param(kind, False) for key, kind in typing.get_type_hints(hint_).items()}
+            return self.keywords(f"`{path.rpartition('.')[2]}`", params, value, path, list(params))
         if origin is Literal:
             if value not in args:
                 self.errors.append(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")

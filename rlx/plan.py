@@ -263,13 +263,13 @@ def settings_of(group: str, node: Any) -> dict[str, Any]:
     return {p.name: given.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tuple[str, str]:
+def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any], where: str = "objective") -> tuple[str, str]:
     """`rl/eval/accuracy` -> (rl, eval/accuracy). What is measured is known here; what training logs shows in the run."""
     if not isinstance(text, str):
         return "", ""
     name, _, metric = text.partition("/")
     if name not in stages:
-        binder.errors.append(f"objective: {text!r} names no stage of the recipe; write stage/metric{hint(name, stages)}")
+        binder.errors.append(f"{where}: {text!r} names no stage of the recipe; write stage/metric{hint(name, stages)}")
         return "", ""
     stage = stages[name]
     if stage is None:  # its own mistakes are reported
@@ -279,7 +279,7 @@ def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tupl
         measured = [f"{policy}/{m.name}" for policy in policies for m in stage.metrics]
     if not metric or (metric not in measured and (policies or metric.startswith("eval/"))):
         known = [f"{name}/{m}" for m in measured] or [f"{name}/loss"]
-        binder.errors.append(f"objective: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
+        binder.errors.append(f"{where}: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
     return name, metric
 
 
