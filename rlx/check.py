@@ -53,6 +53,9 @@ def generated_batch(shapes: Mapping[str, str]) -> Batch:
     }
     sizes = {"N,T": (n, LENGTH), "N,K": (n, TURNS), "N": (n,)}
     for name in sorted(set(shapes) - set(fields)):
+        if name.endswith("mask") and shapes[name] == "N,T":
+            fields[name] = mask
+            continue
         value = torch.randn(sizes[shapes[name]], generator=draw) * 0.3
         fields[name] = value - 2.0 if "logp" in name else value.abs() if name == "entropy" else value
     return Batch(fields, [])

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rlx.build import hint
+from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF, RECIPES
 from rlx.types import ConfigError
 
@@ -214,10 +215,12 @@ def compose(arguments: Sequence[str], extra: Path | None = None) -> Composed:
     recipe_only = hydra_compose([f"recipe={name}"]) if len(texts) > 1 else full
     header = {k: v for k, v in known[name].read().items() if k in HEADER}
     config = resolved({**full, **header, "recipe": name}, known[name].path)
+    small = (config.get("caps") or {}).pop("model", {})
     notices = apply_caps(config)
     given = frozenset(path for t in texts for path in given_paths(t))
     changed = frozenset(swapped(recipe_only, full))
     config["model"] = with_sizes(config.get("model"), given, swapped="model" in changed)
+    config["model"] = shrunken_model(config["model"], small, given)
     return Composed(config, list(arguments), changed, given, notices)
 
 
@@ -275,6 +278,16 @@ def with_sizes(node: Any, given: Collection[str], *, swapped: bool) -> dict[str,
         return {**presets[name], **node, "name": presets[name]["name"]}
     sizes = {key for preset in presets.values() for key in preset} - {"name"}
     return {k: v for k, v in node.items() if not swapped or k not in sizes or f"model.{k}" in given}
+
+
+def shrunken_model(node: dict[str, Any], small: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The model at the sizes of `scale`, but for those that the user gave.
+
+    A model of rlx's own keeps its kind; a pretrained one that the user did not name gives way to the scale's.
+    """
+    if node["name"] in CATALOGUE["model"]:
+        return node | {k: v for k, v in small.items() if k in node and k != "name" and f"model.{k}" not in given}
+    return node if "model.name" in given else node | small
 
 
 def given_paths(text: str) -> list[str]:

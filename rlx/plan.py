@@ -230,7 +230,7 @@ def sizes(node: Any) -> list[str]:
         found.append(f"lr: expected 0 or more, got {given['lr']}")
     if given.get("temperature", 1.0) <= 0:
         found.append(f"temperature: expected more than 0, got {given['temperature']}")
-    if values.get("loss") == []:
+    if values.get("loss") == [] and not values.get("updates"):
         found.append("loss: required; a stage without a loss trains nothing")
     if dataclasses.is_dataclass(values.get("eval")):
         found += [f"eval.{line}" for line in sizes(values["eval"])]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlx.models.collate import batch_of
 from rlx.models.heads import Heads, saved_heads
+from rlx.models.reader import CausalReader, Reader
 from rlx.types import HEADS, Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
@@ -36,7 +37,7 @@ class LanguageModel:
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
         self.module = module
-        self.tokenizer = tokenizer
+        self.tokenizer = self.processor = tokenizer
         self.device = device
         self.bf16 = bf16
         self.source = source
@@ -206,6 +207,10 @@ class LanguageModel:
             raise RuntimeError("this policy was given no rollout engine")
         return self.engine(self, views, keys, sampling)
 
+    def reader(self, views: list[View], longest: int) -> Reader:
+        """The views, ready to be followed by turns of at most `longest` ids."""
+        return CausalReader(self, views, longest)
+
     def pieces(self, ids: Ids) -> list[str]:
         """The text of each id by itself, special tokens included."""
         return [cast(str, self.tokenizer.decode([int(i)])) for i in ids]
@@ -243,13 +248,7 @@ class LanguageModel:
         heads = self.heads if self.heads is not None and want & set(self.heads.where) else None
         spoken = bool(want & {"logp", "entropy"})
         read = prompt + width - (heads is None)
-        settings = {
-            "input_ids": ids[:, :read],
-            "attention_mask": attend[:, :read],
-            "position_ids": (attend[:, :read].cumsum(-1) - 1).clamp(min=0),
-            "use_cache": False,
-            **self.image_inputs([x.images for x in inputs]),
-        }
+        settings = {**self.reading(ids[:, :read], attend[:, :read], [x.images for x in inputs]), "use_cache": False}
         fields: dict[str, Tensor] = {}
         if spoken:
             with self.autocast():
@@ -271,9 +270,9 @@ class LanguageModel:
         module = self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
         return module.get_decoder()
 
-    def image_inputs(self, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-        """What the forward takes besides ids: nothing in a model of text."""
-        return {}
+    def reading(self, ids: Tensor, attend: Tensor, images: Sequence[Sequence[Image]]) -> dict[str, Any]:
+        """What the module reads of padded rows (N,L): ids, attention and positions. A model of text has no images."""
+        return {"input_ids": ids, "attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Where the forward computes in bfloat16, if it does."""
@@ -290,7 +289,7 @@ class LanguageModel:
             module.save_pretrained(beside / "adapter")
             module = copy.deepcopy(module).merge_and_unload()
         module.save_pretrained(beside)
-        self.tokenizer.save_pretrained(beside)
+        self.processor.save_pretrained(beside)
         if self.heads is not None:
             self.heads.save(beside)
         old = folder.with_name(folder.name + ".old")

@@ -11,10 +11,14 @@ import torch
 
 from rlx.models.language import LanguageModel
 from rlx.models.lora import Lora
+from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.types import Component, ConfigError, Model
 
 Dtype = Literal["fp32", "bf16"]
+
+# The sizes of a model that only has to run, as in conf/scale/smoke.yaml.
+SMALL = {"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}
 
 
 def tiny(
@@ -53,6 +57,39 @@ def tiny(
     return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny")
 
 
+def tiny_t5(
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    ffn: int = 128,
+    dtype: Dtype = "fp32",
+    lora: Lora | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> LanguageModel:
+    """A small encoder-decoder of the T5 architecture: `layers` on each side, random weights, no dropout, byte tokenizer."""
+    from transformers import AutoModelForSeq2SeqLM, T5Config
+
+    tokenizer = byte_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=hidden,
+        d_kv=hidden // heads,
+        d_ff=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = AutoModelForSeq2SeqLM.from_config(config)
+    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny_t5")
+
+
 def pretrained(
     *,
     path: str,
@@ -63,18 +100,21 @@ def pretrained(
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
-    """Any causal language model of transformers: a `save_pretrained` directory or a hub id, safetensors only.
+    """Any language model of transformers: a `save_pretrained` directory or a hub id, safetensors only.
+
+    Its own configuration says whether it is an encoder-decoder or a causal model.
 
     `dtype: bf16` computes in bfloat16 and keeps the trained weights and the optimiser in float32, because an AdamW step
     at a learning rate of 1e-6 is lost in a bfloat16 weight.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = place(path)
     tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        module, found = architecture(config).from_pretrained(
             where,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -111,21 +151,29 @@ def read(
     return policy.with_heads(dict(heads or {}), seed, folder if folder.is_dir() else None)
 
 
-def shrunken(component: Component[Model]) -> LanguageModel:
+def shrunken(component: Component[Model]) -> Any:
     """The tokenizer and architecture of a model with two layers and random weights.
 
-    A `tiny` model becomes narrow, too. Of a pretrained one, all other sizes stay; its weights are neither read nor fetched.
+    A model of rlx's own becomes narrow, too. Of a pretrained one, all other sizes stay; its weights are neither read nor
+    fetched.
     """
-    if component.name == "tiny":
-        return tiny(**{**component.settings, "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64})
-    return unread(**component.settings, layers=2)
+    if component.name == "pretrained":
+        return unread(**component.settings, layers=2)
+    build = maker(component)
+    small = {size: value for size, value in SMALL.items() if size in inspect.signature(build).parameters}
+    return build(**{**component.settings, **small})
 
 
-def outline(component: Component[Model]) -> LanguageModel:
+def outline(component: Component[Model]) -> Any:
     """A model in its real size without its weights: tensors on torch's meta device have a shape and no memory."""
     settings = {**component.settings, "device": "meta"}
     with torch.device("meta"):
-        return tiny(**settings) if component.name == "tiny" else unread(**settings)
+        return unread(**settings) if component.name == "pretrained" else maker(component)(**settings)
+
+
+def maker(component: Component[Model]) -> Any:
+    """The function that makes a model of rlx's own, without the settings that are bound to it."""
+    return getattr(component.call, "func", component.call)
 
 
 def unread(
@@ -140,7 +188,7 @@ def unread(
     seed: int = 0,
 ) -> LanguageModel:
     """`pretrained` with weights drawn from `seed` instead of read, and with its first `layers` layers alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     try:
@@ -152,12 +200,19 @@ def unread(
                 text.layer_types = text.layer_types[:layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = AutoModelForCausalLM.from_config(
+            module = architecture(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+
+
+def architecture(config: Any) -> Any:
+    """The class of transformers that makes a model that writes text, for this configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def place(path: str) -> str:
@@ -204,11 +259,13 @@ def finish(
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                module = get_peft_model(module, LoraConfig(task_type="CAUSAL_LM", **lora))
+                kind = "SEQ_2_SEQ_LM" if module.config.is_encoder_decoder else "CAUSAL_LM"
+                module = get_peft_model(module, LoraConfig(task_type=kind, **lora))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.lora: {first_line(error)}") from error
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    policy = LanguageModel(module.to(where).eval(), tokenizer, where, bf16=dtype == "bf16", source=source)
+    made = Seq2Seq if module.config.is_encoder_decoder else LanguageModel
+    policy = made(module.to(where).eval(), tokenizer, where, bf16=dtype == "bf16", source=source)
     module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
     return policy
 

@@ -1,4 +1,4 @@
-"""The embedded engine: batched decoding with any causal transformers model, with exact log-probs of what it samples."""
+"""The embedded engine: batched decoding with any language model of transformers, with exact log-probs of what it samples."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlx.models.language import LanguageModel
 from rlx.rollout.noise import uniforms
-from rlx.types import ConfigError, Message, Sampling, Turn, View
+from rlx.types import Message, Sampling, Turn, View
 
 
 def generate(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` next turns of each view; views are decoded together while they have at most `sampling.rows` samples."""
+    """`len(keys[i])` next turns of each view; views are decoded together while they have at most `sampling.rows` samples.
+
+    Raises ValueError for a prefix that leaves no room for an id after it.
+    """
+    if long := [len(view.prefix) for view in views if len(view.prefix) >= sampling.max_new_tokens]:
+        raise ValueError(f"a turn of at most {sampling.max_new_tokens} ids cannot go on after a prefix of {long[0]}")
     played: list[list[Turn]] = []
     start = 0
     while start < len(views):
@@ -33,82 +39,44 @@ def decode(policy: LanguageModel, views: list[View], keys: list[list[int]], samp
     """`len(keys[i])` next turns of each view; a turn's `info["truncated"]` says that the limit cut it.
 
     Each view is read once and its cache repeated for its samples; a finished row leaves the batch. Draws are by
-    inverse CDF on uniforms that depend on a sample's key and the position alone. `logp` is that of the tokens under
+    inverse CDF on uniforms that depend on a sample's key and the position in the turn alone. A view's prefix counts among
+    the turn's `max_new_tokens` ids; the Turn has those after it. `logp` is that of the tokens under
     softmax(logits / temperature) before top-k and top-p (which cut the tail of what is drawn, not what is scored), or at
     temperature 1 for greedy decoding: what the training forward computes.
     """
     owner = np.repeat(np.arange(len(views)), [len(k) for k in keys])
-    flat = [k for row in keys for k in row]
-    noise = torch.from_numpy(uniforms(flat, sampling.max_new_tokens)).to(policy.device)
-    ends = torch.tensor(policy.end_ids, device=policy.device)
-    logits, cache, attend = prefill(policy, views, sampling.max_new_tokens)
     rows = torch.from_numpy(owner).to(policy.device)
+    noise = torch.from_numpy(uniforms([k for row in keys for k in row], sampling.max_new_tokens)).to(policy.device)
+    ends = torch.tensor(policy.end_ids, device=policy.device)
+    begun = torch.tensor([len(view.prefix) for view in views], device=policy.device)[rows]
+    reader = policy.reader(views, sampling.max_new_tokens)
+    given = pad_sequence([torch.from_numpy(ids) for ids in reader.ahead], batch_first=True).to(policy.device)[rows]
+    ahead = torch.tensor([len(ids) for ids in reader.ahead], device=policy.device)[rows]
     if any(len(k) != 1 for k in keys):
-        cache.batch_select_indices(rows)
-        logits, attend = logits[rows], attend[rows]
+        reader.keep(rows)
     alive = torch.arange(len(rows), device=policy.device)
     did = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.long, device=policy.device)
     logp = torch.zeros(did.shape, device=policy.device)
     length = torch.zeros(len(rows), dtype=torch.long, device=policy.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=policy.device)
     for t in range(sampling.max_new_tokens):
-        token, token_logp = draw(logits, noise[alive, t], sampling)
+        at = (t - ahead + begun)[alive]  # the position in the turn
+        token, token_logp = draw(reader.logits, noise[alive, at], sampling)
+        if t < given.shape[1]:
+            token = torch.where(t < ahead[alive], given[alive, t], token)
         did[alive, t], logp[alive, t], length[alive] = token, token_logp, t + 1
-        stop = torch.isin(token, ends)
-        ended[alive] = stop
-        left = (~stop).nonzero()[:, 0]
-        if len(left) == 0 or t + 1 == sampling.max_new_tokens:
+        ended[alive] = torch.isin(token, ends) & (t >= ahead[alive])
+        left = (~ended[alive] & (at + 1 < sampling.max_new_tokens)).nonzero()[:, 0]
+        if len(left) == 0:
             break
         if len(left) < len(alive):
-            alive, token, attend = alive[left], token[left], attend[left]
-            cache.batch_select_indices(left)
-        attend = torch.nn.functional.pad(attend, (0, 1), value=1)
-        with policy.autocast():
-            logits = policy.module(
-                input_ids=token[:, None],
-                attention_mask=attend,
-                position_ids=attend.sum(-1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-    turns = to_turns(policy, views, owner, did.cpu().numpy(), logp.cpu().numpy(), length.cpu().numpy(), ended.cpu().numpy())
+            alive, token = alive[left], token[left]
+            reader.keep(left)
+        reader.read(token)
+    own = [slice(int(a), int(b)) for a, b in zip(ahead, length, strict=True)]
+    turns = to_turns(policy, views, owner, did.cpu().numpy(), logp.cpu().numpy(), own, ended.cpu().numpy())
     starts = np.cumsum([0, *(len(k) for k in keys)]).tolist()
     return [turns[a:b] for a, b in itertools.pairwise(starts)]
-
-
-def prefill(policy: LanguageModel, views: list[View], max_new_tokens: int) -> tuple[Tensor, Any, Tensor]:
-    """Next-token logits (U,V), the key/value cache and the attention mask (U,P) of left-padded views.
-
-    Raises ConfigError where a prompt and its answer do not fit into the model's context.
-    """
-    from transformers import DynamicCache
-
-    prompts = [np.concatenate([view.ids, view.prefix]) for view in views]
-    width = max(len(p) for p in prompts)
-    room = getattr(policy.module.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and width + max_new_tokens > room:
-        raise ConfigError(
-            f"model {policy.source!r}: a prompt of {width} tokens and max_new_tokens={max_new_tokens} "
-            f"exceed its context of {room}"
-        )
-    ids = torch.full((len(prompts), width), int(policy.tokenizer.pad_token_id))
-    attend = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.from_numpy(prompt)
-        attend[i, width - len(prompt) :] = 1
-    ids, attend = ids.to(policy.device), attend.to(policy.device)
-    cache = DynamicCache(config=policy.module.config)
-    with policy.autocast():
-        out = policy.module(
-            input_ids=ids,
-            attention_mask=attend,
-            position_ids=(attend.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **policy.image_inputs([view.images for view in views]),
-        )
-    return out.logits[:, -1], cache, attend
 
 
 def draw(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -136,14 +104,16 @@ def cut(probs: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
-def to_turns(policy: LanguageModel, views: list[View], owner: Any, did: Any, logp: Any, length: Any, ended: Any) -> list[Turn]:
-    """One Turn a sampled row."""
-    texts = policy.tokenizer.batch_decode([did[i, : length[i]] for i in range(len(owner))], skip_special_tokens=True)
+def to_turns(
+    policy: LanguageModel, views: list[View], owner: Any, did: Any, logp: Any, own: list[slice], ended: Any
+) -> list[Turn]:
+    """One Turn a sampled row; `own` are the columns that it drew."""
+    texts = policy.tokenizer.batch_decode([did[i, own[i]] for i in range(len(owner))], skip_special_tokens=True)
     return [
         Turn(
             seen=views[owner[i]].ids,
-            did=did[i, : length[i]].copy(),
-            logp=logp[i, : length[i]].copy(),
+            did=did[i, own[i]].copy(),
+            logp=logp[i, own[i]].copy(),
             said=Message("assistant", texts[i]),
             info={"truncated": not ended[i]},
         )

@@ -69,14 +69,14 @@ APART = {
     "report": {"types"},
     "build": {"types", "catalogue"},
     "plan": {"types", "catalogue", "build", "paths"},
-    "compose": {"types", "build", "paths"},
+    "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report"},
 }
 TOGETHER = {"data", "envs", "rewards"}
 # Slow to import, or not needed by most commands: imported inside the functions that use them.
 HEAVY = {"transformers", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "peft", "matplotlib"}
-# Parameters that a recipe's `read:` renames to fields.
-RENAMED = {"log_ratio": {"of", "over"}}
+# Parameters that a recipe's `read:` renames to fields, or that name a head or a sampler's stream.
+RENAMED = {"log_ratio": {"of", "over"}, "value_in_use": {"old_guide_value", "guide_critic_mask"}}
 
 
 def modules() -> dict[str, ast.Module]:
