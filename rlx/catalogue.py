@@ -54,6 +54,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "length": "rlx.rewards.rules:length",
         "constant": "rlx.rewards.rules:constant",
         "reward_model": "rlx.rewards.model:reward_model",
+        "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
     },
     "keep": {
@@ -82,6 +83,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
+        "synth_pref": "rlx.data.synth_pref:synth_pref",
+        "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
     },
     "data": {
@@ -89,6 +92,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "parquet": "rlx.data.files:parquet",
         "csv": "rlx.data.files:csv",
         "hub": "rlx.data.files:hub",
+        "hh_rlhf": "rlx.data.hh:hh_rlhf",
     },
     "model": {
         "tiny": "rlx.models.load:tiny",

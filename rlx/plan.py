@@ -230,7 +230,7 @@ def sizes(node: Any) -> list[str]:
         found.append(f"lr: expected 0 or more, got {given['lr']}")
     if given.get("temperature", 1.0) <= 0:
         found.append(f"temperature: expected more than 0, got {given['temperature']}")
-    if values.get("loss") == []:
+    if values.get("loss") == [] and not values.get("updates"):
         found.append("loss: required; a stage without a loss trains nothing")
     if dataclasses.is_dataclass(values.get("eval")):
         found += [f"eval.{line}" for line in sizes(values["eval"])]
@@ -238,7 +238,14 @@ def sizes(node: Any) -> list[str]:
 
 
 def watched(node: Mapping[str, Any]) -> dict[str, Any]:
-    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say)."""
+    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say).
+
+    The same in each of the node's `updates`.
+    """
+    updates = node.get("updates")
+    if isinstance(updates, Mapping):
+        filled = {k: {**u, **watched(u)} if isinstance(u, Mapping) else u for k, u in updates.items()}
+        return {"updates": filled, **watched({k: v for k, v in node.items() if k != "updates"})}
     if not isinstance(node.get("watch"), list) or not isinstance(node.get("loss"), list):
         return {}
     known: dict[str, list[Any]] = {}
