@@ -290,9 +290,7 @@ def test_a_reward_gets_the_model_that_it_names(tmp_path: Path) -> None:
     stage.run(context(tmp_path, "rl"))
     assert record(tmp_path, "rl")[0]["reward"] < -1.0
     stage.models = {"mr": ModelSpec()}
-    assert stage.problems() == [
-        "reward: 'by_model' has judge='rm'; the stage has no such model (known: policy, mr)"
-    ]
+    assert stage.problems() == ["reward: 'by_model' has judge='rm'; the stage has no such model (known: policy, mr)"]
 
 
 def test_a_sampler_may_score_and_see_the_pools(tmp_path: Path) -> None:
