@@ -184,7 +184,7 @@ class Chat(SingleTurn):
 
 
 def test_mistakes_are_said_plainly() -> None:
-    with pytest.raises(ConfigError, match="probabilities from 0 to 1; got 1.5 and 0.8"):
+    with pytest.raises(ConfigError, match=r"probabilities from 0 to 1; got 1\.5 and 0\.8"):
         sampled(beta=1.5)
     with pytest.raises(ConfigError, match="its episodes have to be of one turn"):
         guided(replace(play(), make_env=Chat), ROWS, 8, guide=GUIDE)

@@ -220,7 +220,7 @@ def test_long_rows_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) 
     kept = tokenized(DEMOS, policy, 5, "stages.sft.data")  # a question is 3 tokens, an answer its digits and the end
     assert [row.group for row in kept] == [0, 3, 4, 5]
     assert capsys.readouterr().out == (
-        "stages.sft.data: 0 rows without a trained token and 4 longer than max_length are left out of 8\n"
+        "stages.sft.data: 0 rows without a trained token and 4 longer than max_length; 4 of 8 are left out, whole groups\n"
     )
     with pytest.raises(DataError) as error:
         tokenized(DEMOS, policy, 4, "stages.sft.data")
