@@ -28,9 +28,10 @@ from rlx.stages.context import Context
 from rlx.stages.draw import draw
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.evaluation import Eval, evaluate
-from rlx.stages.fit import Fit, shuffled, tokenized
+from rlx.stages.fit import Fit
 from rlx.stages.online import Online
 from rlx.stages.prepare import credit
+from rlx.stages.rows import shuffled, tokenized
 from rlx.stages.summary import summary
 from rlx.track import Lines, Log, NoTracker
 from rlx.types import (
