@@ -44,9 +44,16 @@ class Sources:
         return self.load(ModelSpec(from_=ref))
 
     def models(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-        """The models of a stage by name. Targets that follow another model start as copies of it."""
-        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema}
-        return made | {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        """The models of a stage by name. Targets that follow another model start as copies of it.
+
+        Mixtures are of the models themselves.
+        """
+        from rlx.models.mixture import mixture
+
+        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema and not spec.mix}
+        made |= {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
+        return made | {name: mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
 
     def load(self, spec: ModelSpec) -> Any:
         """One model: its weights, its heads, and the rollout engine where it takes one."""
