@@ -14,7 +14,7 @@ from rlx.models.load import tiny, tiny_t5
 from rlx.models.seq2seq import Pair, Seq2Seq
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
-from rlx.types import ConfigError, DataError, Episode, Ids, Message, Sampling, Task, Turn, View
+from rlx.types import ConfigError, DataError, Episode, Ids, Message, Sampling, Status, Task, Turn, View
 
 PROMPTS = [ids(3, 60, 61, 1), ids(3, 70, 1), ids(3, 60, 61, 62, 63, 64, 65, 66, 1)]
 ENDS = [1, *range(6, 60)]  # many ids end an answer, so that rows finish at different times and leave the batch
@@ -131,6 +131,15 @@ def test_the_encoder_reads_the_prompt_and_the_end_and_the_decoder_writes_the_ans
     assert (batch.inputs[0].prompt, batch.inputs[0].length) == (5, 8)
     assert batch["mask"].tolist() == [[True] * 3]
     assert (batch["label"].tolist(), batch["group"].tolist()) == ([1.0], [3])
+
+
+@pytest.mark.parametrize("model", ["t5", "causal"])
+def test_a_demonstration_that_was_cut_goes_on(model: str) -> None:
+    policy = tiny_t5() if model == "t5" else tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    turn = Turn(ids(), ids(), np.zeros(0, np.float32), Message("assistant", "yo"))
+    for status, said in ((Status.FINISHED, "yo<|end|>"), (Status.TRUNCATED, "yo")):
+        told = policy.tokenize(Episode(Task((Message("user", "hi"),)), 0, [turn], status, label=1.0))
+        assert "".join(policy.pieces(told.turns[0].did)) == said
 
 
 def test_logp_and_entropy_are_those_of_the_model_itself(small: Seq2Seq) -> None:
