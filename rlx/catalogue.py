@@ -56,6 +56,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "length": "rlx.rewards.rules:length",
         "constant": "rlx.rewards.rules:constant",
         "reward_model": "rlx.rewards.model:reward_model",
+        "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
     },
     "keep": {
@@ -86,6 +87,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
         "letter_chain": "rlx.data.chain:letter_chain",
+        "synth_pref": "rlx.data.synth_pref:synth_pref",
+        "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
     },
     "data": {
@@ -93,6 +96,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "parquet": "rlx.data.files:parquet",
         "csv": "rlx.data.files:csv",
         "hub": "rlx.data.files:hub",
+        "hh_rlhf": "rlx.data.hh:hh_rlhf",
     },
     "model": {
         "tiny": "rlx.models.load:tiny",

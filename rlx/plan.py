@@ -238,7 +238,14 @@ def sizes(node: Any) -> list[str]:
 
 
 def watched(node: Mapping[str, Any]) -> dict[str, Any]:
-    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say)."""
+    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say).
+
+    The same in each of the node's `updates`.
+    """
+    updates = node.get("updates")
+    if isinstance(updates, Mapping):
+        filled = {k: {**u, **watched(u)} if isinstance(u, Mapping) else u for k, u in updates.items()}
+        return {"updates": filled, **watched({k: v for k, v in node.items() if k != "updates"})}
     if not isinstance(node.get("watch"), list) or not isinstance(node.get("loss"), list):
         return {}
     known: dict[str, list[Any]] = {}
