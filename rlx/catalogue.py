@@ -29,8 +29,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
         "log_ratio": "rlx.derive:log_ratio",
+        "paid_at_end": "rlx.derive:paid_at_end",
         "value_in_use": "rlx.methods.rlgf:value_in_use",
-        "paid_at_end": "rlx.methods.rlgf:paid_at_end",
         "lambda_returns": "rlx.derive:lambda_returns",
     },
     "watch": {
