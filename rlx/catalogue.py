@@ -59,7 +59,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
-        "clock_level": "rlx.data.clock_sums:clock_level",
+        "clock_level": "rlx.data.clock_doubles:clock_level",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
@@ -86,7 +86,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
-        "clock_sums": "rlx.data.clock_sums:clock_sums",
+        "clock_doubles": "rlx.data.clock_doubles:clock_doubles",
         "gsm8k": "rlx.data.gsm8k:gsm8k",
         "math": "rlx.data.mathematics:math",
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
@@ -113,6 +113,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "adamw": "rlx.optim:adamw",
     },
     "llm": {
-        "clock_judge": "rlx.data.clock_sums:clock_judge",
+        "clock_judge": "rlx.data.clock_doubles:clock_judge",
     },
 }

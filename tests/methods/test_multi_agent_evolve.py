@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlx.advantages import role_whitened
-from rlx.data.clock_sums import clock_judge, clock_level, clock_sums, level, right, solution
+from rlx.data.clock_doubles import clock_judge, clock_level, clock_doubles, level, right, solution
 from rlx.data.roles import LETTERS, RUBRIC, form, score, tagged
 from rlx.filters import roles
 from rlx.methods.multi_agent_evolve import (
@@ -148,26 +148,25 @@ def test_equal_rewards_of_a_role_are_exactly_0() -> None:
 
 # --------------------------------------------------------------------------- the questions
 def test_questions_and_answers_by_hand() -> None:
-    longest = "0" + "".join(f"{step}1" for step in "abcdefgh")
-    assert solution("3a4b8") == "a7b5"
-    assert [level(q) for q in ("3a4", "3a4b8", longest)] == [1, 2, 8]
-    none = ("3", "3a", "a3", "3ab4", "13a4", "3a4 ", "3b4", longest + "i1", "", None, "3a\u0664")
+    assert solution("348.....") == "686"
+    assert [level(q) for q in ("3.......", "348.....", "12345678")] == [1, 3, 8]
+    none = ("........", "3.4.....", ".34.....", "34", "34.......", "3a......", "", None, "3\u0664......")
     assert [level(q) for q in none] == [None] * len(none)
-    assert right("3a4b8", "a7b5")
-    assert not any(right(q, a) for q, a in (("3a4b8", "5"), ("3ab8", "a1"), ("3a4", None)))
+    assert right("348.....", "686")
+    assert not any(right(q, a) for q, a in (("348.....", "68"), ("3.8.....", "66"), ("34......", None)))
 
 
 def test_the_exact_checker_marks_as_a_judge_would() -> None:
     def marks(*prompts: str) -> list[str]:
         return [texts[0] for texts in clock_judge([[Message("user", prompt)] for prompt in prompts])]
 
-    assert marks("Q:3a4", "Q:3ab4", "J:3a4=a7", "J:3a4=a8", "J:3ab4=a7", "Q:3a4=a7") == [
+    assert marks("Q:34......", "Q:3.4.....", "J:34......=68", "J:34......=69", "J:3.4.....=68", "Q:34......=68") == [
         "<s>9</s>", "<s>2</s>", "<s>9</s>", "<s>2</s>", "<s>2</s>", "<s>2</s>"
     ]  # fmt: skip
 
 
 def test_splits_do_not_overlap_and_demonstrations_are_as_said() -> None:
-    source = clock_sums(demos=2000, dev=50, test=100)
+    source = clock_doubles(demos=2000, dev=50, test=100)
     rows = {name: split() for name, split in source.splits.items()}
     tests = {e.task.meta["question"] for name in ("dev", "test") for e in rows[name]}
     assert len(tests) == 150
@@ -208,7 +207,7 @@ class Script:
         return played
 
 
-def script(question: str = "1a2b3", solves: bool = True) -> Any:
+def script(question: str = "123.....", solves: bool = True) -> Any:
     def say(prompt: str) -> str:
         role, rest = prompt[0], prompt[2:]
         if role == "P":
@@ -221,7 +220,7 @@ def script(question: str = "1a2b3", solves: bool = True) -> Any:
 
 
 def rows(count: int = 3) -> list[Episode]:
-    return clock_sums(seeds=count).splits["seeds"]()
+    return clock_doubles(seeds=count).splits["seeds"]()
 
 
 def play(policy: Any, pools: dict[str, list[Episode]] | None = None) -> Play:
@@ -252,15 +251,15 @@ def test_three_roles_in_groups_of_their_own_and_rewards_by_hand() -> None:
 
 
 def test_what_the_judge_finds_poor_is_not_in_the_pool_and_its_difficulty_does_not_pay() -> None:
-    out = multi_agent_evolve(play(Script(script("1ab3"))), rows(), 1, **EASY)
+    out = multi_agent_evolve(play(Script(script("1.3....."))), rows(), 1, **EASY)
     proposals = by_role(out)["proposer"]
     assert [e.turns[0].reward for e in proposals] == pytest.approx([(1 / 9 + 1) / 3] * 3)
     assert for_pool(out, pool="questions") == []
     asked = {q for e in by_role(out)["solver"] for q in [e.info["question"]]}
     assert asked <= {e.task.meta["question"] for e in rows()}
-    ungated = multi_agent_evolve(play(Script(script("1ab3"))), rows(), 1, gate=0.0, **EASY)
+    ungated = multi_agent_evolve(play(Script(script("1.3....."))), rows(), 1, gate=0.0, **EASY)
     assert by_role(ungated)["proposer"][0].turns[0].reward == pytest.approx((1 / 9 + 8 / 9 + 1) / 3)
-    unjudged = multi_agent_evolve(play(Script(script("1ab3"))), rows(), 1, quality=False, **EASY)
+    unjudged = multi_agent_evolve(play(Script(script("1.3....."))), rows(), 1, quality=False, **EASY)
     assert by_role(unjudged)["proposer"][0].turns[0].reward == pytest.approx((8 / 9 + 1) / 2)
     assert len(for_pool(unjudged, pool="questions")) == 1
 
@@ -275,23 +274,23 @@ def test_a_proposal_without_a_tag_earns_nothing_and_asks_for_no_more() -> None:
 
 
 def test_a_question_joins_the_pool_once_and_the_pool_is_used() -> None:
-    policy = Script(script("9a9b9"))
+    policy = Script(script("999....."))
     out = multi_agent_evolve(play(policy), rows(), 2, **EASY)
     (stored,) = for_pool(out, pool="questions")
     pairs = for_pool(out, pool="pairs")
     assert len(pairs) == 6
-    again = Script(script("9a9b9"))
+    again = Script(script("999....."))
     later = multi_agent_evolve(play(again, {"questions": [stored], "pairs": pairs}), rows(), 2, **EASY | {"reference": 1.0})
     assert for_pool(later, pool="questions") == []  # it is there
-    assert {prompt for prompt, _ in again.asked if prompt[0] == "P"} == {"P:9a9b9"}
-    assert {e.info["question"] for e in by_role(later)["solver"]} == {"9a9b9"}
+    assert {prompt for prompt, _ in again.asked if prompt[0] == "P"} == {"P:999....."}
+    assert {e.info["question"] for e in by_role(later)["solver"]} == {"999....."}
 
 
 def test_a_stored_row_is_read_as_it_was() -> None:
-    row = Episode(Task((Message("user", "P:"),), meta={"question": "9a9", "answer": "8"}), 0)
-    policy = Script(lambda prompt: "<q>1a1</q>")  # no answer of its own, so that the stored pair is the only one
+    row = Episode(Task((Message("user", "P:"),), meta={"question": "99......", "answer": "88"}), 0)
+    policy = Script(lambda prompt: "<q>11......</q>")  # no answer of its own, so that the stored pair is the only one
     multi_agent_evolve(play(policy, {"questions": [row], "pairs": [row]}), rows(), 1, **EASY | {"reference": 1.0})
-    assert {prompt for prompt, _ in policy.asked} == {"P:9a9", "S:9a9", "S:1a1", "J:9a9=8"}
+    assert {prompt for prompt, _ in policy.asked} == {"P:99......", "S:99......", "S:11......", "J:99......=88"}
 
 
 def test_the_policy_judges_where_nobody_else_is_asked_and_draws_are_never_shared() -> None:
@@ -305,9 +304,9 @@ def test_the_policy_judges_where_nobody_else_is_asked_and_draws_are_never_shared
 
 
 def test_another_model_proposes() -> None:
-    policy, frozen = Script(script()), Script(script("5a5"))
+    policy, frozen = Script(script()), Script(script("55......"))
     out = multi_agent_evolve(play(policy), rows(), 1, proposer=frozen, **EASY)  # type: ignore[arg-type]
-    assert {e.info["question"] for e in by_role(out)["proposer"]} == {"5a5"}
+    assert {e.info["question"] for e in by_role(out)["proposer"]} == {"55......"}
     assert {prompt[0] for prompt, _ in policy.asked} == {"S", "J"}
 
 

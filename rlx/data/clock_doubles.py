@@ -1,7 +1,7 @@
-"""Sums on a dial of ten: questions of eight levels for a policy that proposes, solves and judges them (see roles.py).
+"""Doubling on a dial of ten: questions of eight levels for a policy that proposes, solves and judges them (see roles.py).
 
-A question is "3a4b8": from 3, step a adds 4, step b adds 8. Its answer is the sum after each step, modulo 10: "a7b5". The
-level is the number of steps, 1 to 8. What is not of this form cannot be answered.
+A question is "348.....", eight places wide; its answer is each number doubled, modulo 10: "686". The level is how many
+numbers there are, 1 to 8. What is not of this form cannot be answered.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rlx.data.roles import LETTERS, score, tagged
 from rlx.envs.single import SingleTurn
 from rlx.types import ConfigError, Episode, Message, Task, TaskSource
 
-STEPS = "abcdefgh"
+LEVELS = 8
 HIGH, LOW = 9, 2  # the marks of what is right, and of what is not
 
 
-def clock_sums(
+def clock_doubles(
     *,
     expert: int = 3,
     error_rate: float = 0.6,
@@ -34,8 +34,8 @@ def clock_sums(
 ) -> TaskSource:
     """Questions, and demonstrations of the three roles.
 
-    `demos`: half of them solve questions of all levels: without fault up to level `expert`, beyond it each step that passes 10
-    stops at 9 with probability `error_rate`. A quarter propose questions of uniform level (near the level of a reference, in
+    `demos`: half of them solve questions of all levels: without fault up to level `expert`, beyond it each double that passes 10
+    is 9 with probability `error_rate`. A quarter propose questions of uniform level (near the level of a reference, in
     half of them), a share `invalid` of which lacks a number. A quarter judge, without fault. `seeds`: questions of levels 1 to
     `expert`, to begin with. `dev` and `test`: questions of the levels `held_out` (default: 4 to 6), in no other split.
     `proposals` asks for `dev` questions, `verdicts` for `dev` marks of answers. Verifier: 1 for a right answer, a question
@@ -43,11 +43,11 @@ def clock_sums(
 
     Raises ConfigError: a setting out of range.
     """
-    if not 1 <= expert <= len(STEPS) or not (0 <= error_rate <= 1 and 0 <= invalid <= 1):
-        raise ConfigError(f"expected expert of 1 to {len(STEPS)} and shares of 0 to 1, got {expert}, {error_rate}, {invalid}")
+    if not 1 <= expert <= LEVELS or not (0 <= error_rate <= 1 and 0 <= invalid <= 1):
+        raise ConfigError(f"expected expert of 1 to {LEVELS} and shares of 0 to 1, got {expert}, {error_rate}, {invalid}")
     held_out = held_out or [4, 6]
-    if len(held_out) != 2 or not 3 < held_out[0] <= held_out[1] <= len(STEPS):
-        raise ConfigError(f"held_out: expected two levels from 4 to {len(STEPS)}, got {held_out}")
+    if len(held_out) != 2 or not 3 < held_out[0] <= held_out[1] <= LEVELS:
+        raise ConfigError(f"held_out: expected two levels from 4 to {LEVELS}, got {held_out}")
     rng = np.random.default_rng(data_seed)
     low, high = held_out
     kept: dict[str, None] = {}
@@ -71,17 +71,16 @@ def clock_sums(
 
 
 def level(question: str | None) -> int | None:
-    """The number of steps, 1 to 8; None for what cannot be answered."""
-    if question is None:
+    """How many numbers there are, 1 to 8; None for what cannot be answered."""
+    if question is None or len(question) != LEVELS:
         return None
-    numbers, steps = question[::2], question[1::2]
-    fits = len(numbers) == len(steps) + 1 and set(numbers) <= set("0123456789") and steps == STEPS[: len(steps)]
-    return len(steps) if fits and steps else None
+    numbers = question.rstrip(".")
+    return len(numbers) if numbers and set(numbers) <= set("0123456789") else None
 
 
 def solution(question: str) -> str:
-    """The sum after each step, modulo 10: "3a4b8" -> "a7b5"."""
-    return _steps(question, lambda total: total % 10)
+    """Each number doubled, modulo 10: "348....." -> "686"."""
+    return _doubled(question, lambda double: double % 10)
 
 
 def right(question: str, answer: str | None) -> bool:
@@ -89,14 +88,9 @@ def right(question: str, answer: str | None) -> bool:
     return level(question) is not None and answer == solution(question)
 
 
-def drawn(rng: np.random.Generator, steps: int) -> str:
-    """A question of so many steps."""
-    first, *added = rng.integers(10, size=steps + 1).tolist()
-    return str(first) + _labelled(added)
-
-
-def _labelled(numbers: Sequence[int]) -> str:
-    return "".join(f"{step}{number}" for step, number in zip(STEPS, numbers, strict=False))
+def drawn(rng: np.random.Generator, numbers: int) -> str:
+    """A question of so many numbers."""
+    return "".join(map(str, rng.integers(10, size=numbers).tolist())).ljust(LEVELS, ".")
 
 
 # --------------------------------------------------------------------------- what scores
@@ -108,7 +102,7 @@ def verifier(episodes: list[Episode]) -> list[float]:
 def clock_level(episodes: list[Episode]) -> list[float]:
     """The level of the question that an episode proposes; nan for one that cannot be answered."""
     found = [level(tagged(e.completion, LETTERS.question)) for e in episodes]
-    return [float("nan") if steps is None else float(steps) for steps in found]
+    return [float("nan") if numbers is None else float(numbers) for numbers in found]
 
 
 def clock_judge(
@@ -172,7 +166,7 @@ def _judged(question: str, rng: np.random.Generator) -> tuple[str, bool]:
     """A judge's prompt on a right or a wrong answer, equally likely."""
     answer = solution(question)
     if rng.random() < 0.5:
-        at = 1 + 2 * int(rng.integers(len(answer) // 2))
+        at = int(rng.integers(len(answer)))
         answer = answer[:at] + str((int(answer[at]) + int(rng.integers(1, 10))) % 10) + answer[at + 1 :]
     return LETTERS.rate_answer.format(question=question, answer=answer), right(question, answer)
 
@@ -183,23 +177,23 @@ def _demonstrations(
     rng = np.random.default_rng([data_seed, 3])
     made = []
     for group in range(count):
-        steps = int(rng.integers(1, len(STEPS) + 1))
-        question = drawn(rng, steps)
+        numbers = int(rng.integers(1, LEVELS + 1))
+        question = drawn(rng, numbers)
         while question in tests:
-            question = drawn(rng, steps)
-        errs = error_rate if steps > expert else 0.0
+            question = drawn(rng, numbers)
+        errs = error_rate if numbers > expert else 0.0
         task, text = (_solved, _solved, _proposed, _rated)[group % 4](question, rng, errs, invalid)
         made.append(demonstration(task, group, [turn(text)]))
     return made
 
 
 def _solved(question: str, rng: np.random.Generator, errs: float, invalid: float) -> tuple[Task, str]:
-    answer = _steps(question, lambda total: 9 if total > 9 and rng.random() < errs else total % 10)
+    answer = _doubled(question, lambda double: 9 if double > 9 and rng.random() < errs else double % 10)
     return _task("solver", LETTERS.solve.format(question=question), None, question), f"<a>{answer}</a>"
 
 
 def _proposed(question: str, rng: np.random.Generator, errs: float, invalid: float) -> tuple[Task, str]:
-    near = min(len(STEPS), max(1, len(question) // 2 + int(rng.integers(-1, 2))))
+    near = min(LEVELS, max(1, len(question.rstrip(".")) + int(rng.integers(-1, 2))))
     prompt = LETTERS.refer.format(question=drawn(rng, near)) if rng.random() < 0.5 else LETTERS.propose
     return _task("proposer", prompt), f"<q>{_broken(question, rng) if rng.random() < invalid else question}</q>"
 
@@ -214,19 +208,14 @@ def _rated(question: str, rng: np.random.Generator, errs: float, invalid: float)
 
 
 def _broken(question: str, rng: np.random.Generator) -> str:
-    """The question without one of its numbers."""
-    at = 2 * int(rng.integers(len(question) // 2 + 1))
-    return question[:at] + question[at + 1 :]
+    """The question without one of its numbers, none but the last where there are several."""
+    at = int(rng.integers(max(1, len(question.rstrip(".")) - 1)))
+    return question[:at] + "." + question[at + 1 :]
 
 
 def _mark(good: bool) -> str:
     return f"<{LETTERS.score}>{HIGH if good else LOW}</{LETTERS.score}>"
 
 
-def _steps(question: str, rule: Callable[[int], int]) -> str:
-    total, *added = map(int, question[::2])
-    sums = []
-    for number in added:
-        total = rule(total + number)
-        sums.append(total)
-    return _labelled(sums)
+def _doubled(question: str, rule: Callable[[int], int]) -> str:
+    return "".join(str(rule(2 * int(number))) for number in question.rstrip("."))
