@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlx.advantages import role_whitened
-from rlx.data.clock_doubles import clock_judge, clock_level, clock_doubles, level, right, solution
+from rlx.data.clock_doubles import clock_doubles, clock_judge, clock_level, level, right, solution
 from rlx.data.roles import LETTERS, RUBRIC, form, score, tagged
 from rlx.filters import roles
 from rlx.methods.multi_agent_evolve import (
