@@ -36,8 +36,8 @@ def clock_doubles(
 
     `demos`: half of them solve questions of all levels: without fault up to level `expert`, beyond it each double that passes
     10 is 9 with probability `error_rate`. A quarter propose questions of uniform level (near the level of a reference, in
-    half of them), a share `invalid` of which lacks a number. A quarter judge, without fault. `seeds`: questions of levels 1 to
-    `expert`, to begin with. `dev` and `test`: questions of the levels `held_out` (default: 4 to 6), in no other split.
+    half of them), a share `invalid` of which lacks a number. A quarter judge, without fault. `train`: `seeds` questions of
+    levels 1 to `expert`, to begin with. `dev` and `test`: questions of the levels `held_out` (default: 4 to 6), in no other split.
     `proposals` asks for `dev` questions, `verdicts` for `dev` marks of answers. Verifier: 1 for a right answer, a question
     that can be answered, a mark on the right side of 5.5.
 
@@ -57,7 +57,6 @@ def clock_doubles(
     return TaskSource(
         {
             "demos": partial(_demonstrations, expert, error_rate, invalid, demos, frozenset(tests), data_seed),
-            "seeds": partial(_seeds, seeds, expert, data_seed),
             "train": partial(_seeds, seeds, expert, data_seed),
             "dev": partial(_asked, tests[:dev]),
             "test": partial(_asked, tests[dev:]),
@@ -163,11 +162,13 @@ def _verdicts(questions: Sequence[str], data_seed: int) -> list[Episode]:
 
 
 def _judged(question: str, rng: np.random.Generator) -> tuple[str, bool]:
-    """A judge's prompt on a right or a wrong answer, equally likely."""
+    """A judge's prompt on a right or a wrong answer, equally likely: wrong as the demonstrator errs, else in one number."""
     answer = solution(question)
     if rng.random() < 0.5:
+        wrong = _doubled(question, lambda double: 9 if double > 9 and rng.random() < 0.5 else double % 10)
         at = int(rng.integers(len(answer)))
-        answer = answer[:at] + str((int(answer[at]) + int(rng.integers(1, 10))) % 10) + answer[at + 1 :]
+        other = answer[:at] + str((int(answer[at]) + int(rng.integers(1, 10))) % 10) + answer[at + 1 :]
+        answer = wrong if wrong != answer else other
     return LETTERS.rate_answer.format(question=question, answer=answer), right(question, answer)
 
 

@@ -172,7 +172,7 @@ def test_splits_do_not_overlap_and_demonstrations_are_as_said() -> None:
     assert len(tests) == 150
     assert {level(q) for q in tests} == {4, 5, 6}
     solved = [e for e in rows["demos"] if e.task.meta["role"] == "solver"]
-    assert not tests & {e.task.meta["question"] for e in (*solved, *rows["seeds"])}
+    assert not tests & {e.task.meta["question"] for e in (*solved, *rows["train"])}
     by = {steps: [e for e in solved if level(e.task.meta["question"]) == steps] for steps in range(1, 9)}
     good = {steps: np.mean([right(e.task.meta["question"], tagged(e.completion, "a")) for e in of]) for steps, of in by.items()}
     assert [good[steps] for steps in (1, 2, 3)] == [1.0, 1.0, 1.0]
@@ -220,7 +220,7 @@ def script(question: str = "123.....", solves: bool = True) -> Any:
 
 
 def rows(count: int = 3) -> list[Episode]:
-    return clock_doubles(seeds=count).splits["seeds"]()
+    return clock_doubles(seeds=count).splits["train"]()
 
 
 def play(policy: Any, pools: dict[str, list[Episode]] | None = None) -> Play:
