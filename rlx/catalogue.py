@@ -25,6 +25,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "rloo": "rlx.advantages:rloo",
         "returns": "rlx.advantages:returns",
         "gae": "rlx.advantages:gae",
+        "role_whitened": "rlx.advantages:role_whitened",
     },
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
@@ -58,11 +59,14 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
+        "clock_level": "rlx.data.clock_doubles:clock_level",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
         "correct": "rlx.filters:correct",
         "untruncated": "rlx.filters:untruncated",
+        "roles": "rlx.filters:roles",
+        "for_pool": "rlx.methods.multi_agent_evolve:for_pool",
     },
     "metric": {
         "accuracy": "rlx.metrics:accuracy",
@@ -78,9 +82,11 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
         "guided": "rlx.methods.rlgf:guided",
+        "multi_agent_evolve": "rlx.methods.multi_agent_evolve:multi_agent_evolve",
     },
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
+        "clock_doubles": "rlx.data.clock_doubles:clock_doubles",
         "gsm8k": "rlx.data.gsm8k:gsm8k",
         "math": "rlx.data.mathematics:math",
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
@@ -110,5 +116,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "rules": "rlx.llm.rules:rules",
         "local": "rlx.llm.local:local",
         "openai": "rlx.llm.openai:openai",
+        "clock_judge": "rlx.data.clock_doubles:clock_judge",
     },
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec, target_of
@@ -134,6 +135,7 @@ class Context(Sources):
     objective: str = ""
     step: int = 0
     in_training: Mapping[str, Policy] = field(default_factory=dict)
+    buffers: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
 
@@ -158,13 +160,15 @@ class Context(Sources):
                 break
 
     def checkpoint(self, name: str) -> None:
-        """Write a checkpoint of the models in training in Hugging Face format."""
+        """Write a checkpoint: the models in training in Hugging Face format, and the pools."""
         self.save(self.folder / "checkpoints" / name)
 
     def save(self, folder: Path) -> None:
-        """Write the policy to a folder, and what else is trained below its `models/`."""
+        """Write the policy to a folder, what else is trained below its `models/`, and its pools below `buffers/`."""
         for name, model in self.in_training.items():
             model.save(folder if name == "policy" else folder / "models" / name)
+        for name, episodes in self.buffers.items():
+            write(folder / "buffers" / f"{name}.jsonl", episodes)
 
     def judge(self, metrics: dict[str, float], patience: int | None) -> None:
         """Keep the best checkpoint by the recipe's objective; stop after `patience` evaluations without a better one."""
