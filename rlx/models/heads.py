@@ -65,7 +65,7 @@ class Heads(nn.Module):
             elif at == "last":
                 found[name] = x.gather(1, (start + length - 1)[:, None])[:, 0]
             else:
-                found[name] = x.gather(1, start + ends(turn[:, :columns], last=at == "after_turn") - (at == "before_turn"))
+                found[name] = x.gather(1, start + ends(turn[:, :columns], last=at == "after_turn") - int(at == "before_turn"))
         return found
 
 

@@ -67,7 +67,9 @@ def test_what_a_config_reaches_changes_its_hash(tree, file):
     assert code_hash(CONFIG) != before
 
 
-@pytest.mark.parametrize("file", ["data/gsm8k.py", "rewards/model.py", "losses/policy.py", "compose.py", "claims.py", "catalogue.py"])
+@pytest.mark.parametrize(
+    "file", ["data/gsm8k.py", "rewards/model.py", "losses/policy.py", "compose.py", "claims.py", "catalogue.py"]
+)
 def test_what_a_config_does_not_reach_leaves_its_hash(tree, file):
     before = code_hash(CONFIG)
     edit(tree / file)

@@ -1,0 +1,252 @@
+"""Several models, updates and buffers in one `online` stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import episode
+from test_stages import GROUP_MEAN, NLL, PG, by_sample, context, online, record
+
+from rlx.build import Binder
+from rlx.models.load import tiny
+from rlx.plan import plan
+from rlx.rollout.native import generate
+from rlx.rollout.samplers import resampled
+from rlx.stages.models import ModelSpec, target_of, weights
+from rlx.stages.online import Online
+from rlx.stages.updates import Buffer, BufferSpec, UpdateSpec
+from rlx.tensors import inside
+from rlx.types import Component, ConfigError, Episode, ModelRef, Sampling
+
+CRITIC = ModelSpec(heads={"value": "token"})
+
+
+def squared(value: Any, ret: Any, mask: Any) -> Any:
+    return inside((value - ret[:, None]) ** 2, mask)
+
+
+def baseline(ret: Any, old_value: Any, mask: Any) -> Any:
+    return inside(ret[:, None] - old_value, mask)
+
+
+VALUE = Component("squared", squared, ("value", "ret", "mask"))
+BASELINE = Component("baseline", baseline, ("ret", "old_value", "mask"))
+
+
+def two(**settings: Any) -> Online:
+    updates = {
+        "critic": UpdateSpec(train="critic", loss=[VALUE], lr=1e-2, steps=2),
+        "actor": UpdateSpec(loss=[PG], start=2, advantage=[BASELINE]),
+    }
+    return online(by_sample, loss=[], models={"critic": CRITIC}, updates=updates, steps=3, **settings)
+
+
+# --------------------------------------------------------------------------- updates
+def test_each_update_trains_its_model_at_its_time(tmp_path: Path) -> None:
+    stage = two()
+    assert stage.problems() == []
+    ctx = context(tmp_path, "rl")
+    start = ctx.models(stage.specs())
+    before = {name: [x.clone() for x in weights(m)] for name, m in start.items()}
+    stage.run(ctx)
+    rows = record(tmp_path, "rl")
+    assert ["critic/loss" in row for row in rows] == [True, True, True]
+    assert ["actor/loss" in row for row in rows] == [False, True, True]
+    assert rows[-1]["spent/updates"] == 3 * 2 + 2
+    out = {"policy": ModelRef(stage="rl"), "critic": ModelRef(stage="rl", name="critic")}
+    after = context(tmp_path, "next").models({name: ModelSpec(from_=ref) for name, ref in out.items()})
+    for name in out:
+        assert any(not torch.equal(a, b) for a, b in zip(before[name], weights(after[name]), strict=True))
+    assert after["critic"].offers == {"logp", "entropy", "value"}
+
+
+def test_an_update_of_a_frozen_rate_changes_nothing(tmp_path: Path) -> None:
+    stage = two()
+    stage.updates["actor"].lr = 0.0
+    ctx = context(tmp_path, "rl")
+    before = weights(ctx.models(stage.specs())["policy"])
+    stage.run(ctx)
+    after = weights(context(tmp_path, "next").policy(ModelRef(stage="rl")))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_old_fields_are_of_the_time_before_the_updates(tmp_path: Path) -> None:
+    """With a critic that jumps, the actor's advantage still sees its values of the step's beginning."""
+    seen: list[Any] = []
+
+    def spy(ret: Any, old_value: Any, mask: Any) -> Any:
+        seen.append(old_value.clone())
+        return baseline(ret, old_value, mask)
+
+    stage = two()
+    stage.updates["critic"].lr = 1.0
+    stage.updates["actor"] = UpdateSpec(loss=[PG], advantage=[Component("spy", spy, BASELINE.reads)])
+    stage.steps = 1
+    stage.updates = dict(reversed(stage.updates.items()))  # actor first: the same values as critic first
+    stage.run(context(tmp_path, "a"))
+    stage.updates = dict(reversed(stage.updates.items()))
+    stage.advantage = stage.updates["actor"].advantage or []
+    stage.updates["actor"].advantage = None
+    stage.run(context(tmp_path / "b", "a"))
+    assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(("step", "due"), [(1, False), (2, False), (3, True), (4, False), (5, True)])
+def test_start_and_every(step: int, due: bool) -> None:
+    spec = UpdateSpec(loss=[NLL], start=3, every=2, when=4)
+    assert spec.due(step, 4) is due
+    assert not spec.due(step, 3)
+    assert UpdateSpec(loss=[NLL], start=3, every=2, steps=5, minibatches=2).total(6) == 2 * 5 * 2
+
+
+def test_what_is_wrong_with_updates_is_said_at_once() -> None:
+    stage = two()
+    stage.loss = [NLL]
+    stage.updates["critic"].train = "critc"
+    stage.updates["actor"].on = "replay"
+    stage.models["target"] = ModelSpec(ema="critik", heads={"x": "nowhere"})
+    assert stage.problems() == [
+        "models.target.heads.x: no head reads 'nowhere' (known: token, last, before_turn, after_turn)",
+        "models.target.ema: the stage has no model 'critik'; did you mean 'critic'? (known: policy, critic, target)",
+        "loss: with `updates`, each update has its own; leave it out",
+        "updates.critic.train: the stage has no model 'critc'; did you mean 'critic'? (known: policy, critic, target)",
+        "models: loss 'squared' reads value, which no model of the stage computes; give one heads: {value: token}",
+        "updates.actor.on: no buffer is called 'replay' (known: kept)",
+        "models: advantage 'baseline' reads old_value, which no model of the stage computes; give one heads: {value: token}",
+    ]
+
+
+def test_a_model_is_a_reference_or_a_mapping() -> None:
+    binder = Binder()
+    node = {"critic": {"from": "@sft", "heads": {"value": "token"}}, "old": "@sft:20%", "x": "@rl/critic:best"}
+    made = binder.value(dict[str, ModelRef | ModelSpec], node, "models")
+    assert binder.errors == []
+    assert made["critic"] == ModelSpec(from_=ModelRef(stage="sft"), heads={"value": "token"})
+    assert made["old"] == ModelRef(stage="sft", pick="20%")
+    assert str(made["x"]) == "@rl/critic:best"
+    binder.value(dict[str, ModelRef | ModelSpec], {"critic": {"form": "@sft"}}, "models")
+    assert binder.errors[0].startswith("models.critic.form: `critic` takes no 'form'; did you mean 'from'?")
+
+
+# --------------------------------------------------------------------------- models
+def test_a_target_follows_after_each_update(tmp_path: Path) -> None:
+    stage = two()
+    stage.models["target"] = ModelSpec(ema="critic", decay=0.75)
+    del stage.updates["actor"]
+    stage.updates["critic"].steps, stage.steps = 1, 1
+    ctx = context(tmp_path, "rl")
+    start = [x.clone() for x in weights(ctx.models(stage.specs())["critic"])]
+    kept: dict[str, Any] = {}
+    load = ctx.models
+    ctx.models = lambda specs: kept.setdefault("m", load(specs))  # type: ignore[method-assign]
+    stage.run(ctx)
+    for old, now, target in zip(start, weights(kept["m"]["critic"]), weights(kept["m"]["target"]), strict=True):
+        torch.testing.assert_close(target, 0.75 * old + 0.25 * now)
+        assert not target.requires_grad
+
+
+def test_a_copy_shares_nothing() -> None:
+    made = tiny(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8).with_heads({"value": "token"}, 0)
+    copied = target_of(made)
+    with torch.no_grad():
+        made.parameters()[0].add_(1.0)
+    assert not torch.equal(weights(made)[0], weights(copied)[0])
+    assert copied.parameters() == []
+
+
+def test_checkpoints_at_shares_of_the_steps(tmp_path: Path) -> None:
+    online(by_sample, steps=5, checkpoints=["20%", "60%"]).run(context(tmp_path, "rl"))
+    assert sorted(p.name for p in (tmp_path / "rl" / "checkpoints").iterdir()) == ["at-20-percent", "at-60-percent"]
+    assert context(tmp_path, "next").policy(ModelRef(stage="rl", pick="20%")).offers == {"logp", "entropy"}
+    with pytest.raises(ConfigError, match="@rl:40% names"):
+        context(tmp_path, "next").policy(ModelRef(stage="rl", pick="40%"))
+
+
+def test_data_of_a_stage_that_writes_no_rows_is_refused() -> None:
+    fit = {"kind": "fit", "data": "@task/demos", "loss": ["nll"], "steps": 1, "lr": 0.1}
+    config = {"task": {"name": "arithmetic"}, "stages": {"a": fit, "b": {**fit, "data": "@a"}}}
+    with pytest.raises(ConfigError, match="stage 'a' writes no rows"):
+        plan(config)
+
+
+# --------------------------------------------------------------------------- buffers
+def test_a_buffer_keeps_the_last_and_draws_without_repeats() -> None:
+    buffer = Buffer(BufferSpec(capacity=5))
+    for group in range(8):
+        buffer.add([episode(([1], [2, 3]), group=group, reward=1.0)])
+    assert [e.group for e in buffer.episodes] == [3, 4, 5, 6, 7]
+    drawn = [e.group for e in buffer.draw(4, (0, 1))]
+    assert len(set(drawn)) == 4
+    assert drawn == [e.group for e in buffer.draw(4, (0, 1))] != [e.group for e in buffer.draw(4, (0, 2))]
+    assert len(buffer.draw(9, (0,))) == 5
+    newest = Buffer(BufferSpec(order="newest"))
+    newest.add([episode(([1], [2]), group=g) for g in range(4)])
+    assert [e.group for e in newest.draw(2, (0,))] == [2, 3]
+
+
+def test_a_buffer_takes_only_what_could_be_scored_and_passes_keep() -> None:
+    first = Component("first", lambda episodes: episodes[:1])
+    buffer = Buffer(BufferSpec(keep=[first], as_="demonstration"))
+    buffer.add([episode(([1], [2]), reward=float("nan")), episode(([1], [])), episode(([1], [3]), reward=2.0, logp=-0.5)])
+    (only,) = buffer.episodes
+    assert (only.label, only.turns[0].logp.tolist(), only.turns[0].did.tolist()) == (1.0, [], [3])
+
+
+def test_an_update_on_a_buffer(tmp_path: Path) -> None:
+    stage = two()
+    stage.buffers = {"replay": BufferSpec(capacity=40)}
+    stage.updates["critic"].on, stage.updates["critic"].rows, stage.updates["critic"].when = "replay", 3, 17
+    stage.run(context(tmp_path, "rl"))
+    rows = record(tmp_path, "rl")
+    assert [row["buffer/replay"] for row in rows] == [16, 32, 40]
+    assert ["critic/loss" in row for row in rows] == [False, True, True]
+
+
+def test_resampling_keeps_the_states_and_trains_the_last_turn_alone() -> None:
+    made = tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    made.engine = generate
+    stored = episode(([10, 11], [12, 1]), ([13], [14, 15, 1]), group=7, reward=1.0)
+    fresh = resampled(made, [stored], Sampling(4), (0,))
+    assert [len(e.turns) for e in fresh] == [1, 2]
+    assert [t.tolist() for t in (fresh[1].turns[0].seen, fresh[1].turns[0].did, fresh[1].turns[1].seen)] == [
+        [10, 11],
+        [12, 1],
+        [13],
+    ]
+    batch = made.collate([stored, *fresh])
+    assert batch["fresh"].tolist() == [False, True, True]
+    assert batch["group"].tolist() == [7, 7, 7]
+    assert batch["turn_mask"].tolist() == [[True, True], [True, False], [False, True]]
+    assert not batch["mask"][2, :2].any()
+    logp = made.forward(batch, {"logp"})["logp"]
+    torch.testing.assert_close(
+        torch.where(batch["fresh"][:, None] & batch["mask"], logp, 0.0),
+        torch.where(batch["fresh"][:, None] & batch["mask"], batch["rollout_logp"], 0.0),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_a_step_of_a_resampling_buffer() -> None:
+    made = tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    made.engine = generate
+    buffer = Buffer(BufferSpec(resample="policy", states=3))
+    buffer.add([episode(([10], [11, 1]), ([12], [13, 1]), group=g, reward=1.0) for g in range(6)])
+    buffer.open({"policy": made}, Sampling(3), (0,))
+    drawn: list[Episode] = buffer.draw(2, (0, 5))
+    assert [bool(e.info.get("fresh")) for e in drawn] == [False, True, True] * 2
+    assert len({e.group for e in drawn}) == 2
+    assert {e.group for e in buffer.draw(9, (0, 6))} >= {e.group for e in drawn}
+    assert np.unique([e.group for e in buffer.draw(9, (0, 6))]).size == 3
+
+
+def test_group_mean_is_read_from_the_stage(tmp_path: Path) -> None:
+    stage = online(by_sample, loss=[], updates={"one": UpdateSpec(loss=[PG])}, advantage=[GROUP_MEAN])
+    stage.run(context(tmp_path / "a", "rl"))
+    online(by_sample).run(context(tmp_path / "b", "rl"))
+    one, plain = record(tmp_path / "a", "rl"), record(tmp_path / "b", "rl")
+    assert [row["one/loss"] for row in one] == [row["loss"] for row in plain]
