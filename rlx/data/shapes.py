@@ -1,0 +1,289 @@
+"""Drawn shapes to look at: a task for vision-language models, with a demonstrator that sees badly and reasons well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlx.data.formats import demonstration, turn
+from rlx.envs.single import SingleTurn
+from rlx.rewards.rules import answer_match
+from rlx.types import ConfigError, Episode, Image, Message, Task, TaskSource
+
+# All of the same sum, so that a shape's brightness says nothing about its colour.
+COLOURS = {
+    "red": (250, 70, 70),
+    "green": (70, 250, 70),
+    "blue": (70, 70, 250),
+    "yellow": (190, 190, 10),
+    "purple": (190, 10, 190),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+KINDS = ("colour", "shape", "compare", "position")
+
+# The sections of an answer (PeBR-R1, arXiv 2509.13031). A template's line of its own each; the last holds the bare answer.
+DESCRIPTION, RATIONALES, STEPS, STEP, FINAL = HEADINGS = (
+    "### Image Description:",
+    "### Rationales:",
+    "### Let's think step by step.",
+    "### Step 1:",
+    "### The final answer is:",
+)
+VOCABULARY = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+SIDE, CELL = 3, 8  # cells along the grid's side, pixels along a cell's
+SCENES = 2**20  # scenes are numbered through; held-out ones are from the end
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: `cell` counts 1 to 9 in reading order."""
+
+    cell: int
+    colour: str
+    shape: str
+
+    @property
+    def name(self) -> str:
+        """Colour and shape, a keyword of the image."""
+        return f"{self.colour} {self.shape}"
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.name}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a scene. `about`: a colour, a shape, two of them, or the name of a thing."""
+
+    kind: str
+    about: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The question in words."""
+        first = self.about[0]
+        return {
+            "colour": f"How many {first} objects?",
+            "shape": f"How many {first} objects?",
+            "compare": f"More {' or '.join(self.about)} objects?",
+            "position": f"What is left of the {first}?",
+        }[self.kind]
+
+
+def shapes(
+    *,
+    train: int = 4000,
+    dev: int = 200,
+    test: int = 600,
+    demos: int | None = 1500,
+    most: int = 5,
+    error_rate: float = 0.3,
+    noise: float = 12.0,
+    test_noise: float | None = None,
+    data_seed: int = 0,
+) -> TaskSource:
+    """Images of 1 to `most` shapes with a question about each: "How many red objects?", answer "2".
+
+    24x24 pixels, a grid of 3x3 cells: circles, squares, triangles and crosses in five colours, moved by a pixel or less
+    from the middle of their cell, on a dark grey of random brightness, with normal noise of standard deviation `noise` (of
+    255; `test_noise` in the split test). Four kinds of question, equally often: how many of a colour, how many of a shape,
+    which of two colours or shapes there are more of (or "equal"), and what stands left of a thing in its row (or
+    "nothing"). An answer has five sections (HEADINGS), of which the last holds the bare answer.
+
+    Splits: train, dev and test (a question each, scenes of their own), `demos` (the first `demos` of train, answered in the
+    five sections) and `captions` (the scenes of train with a right description alone). In a demonstration's description
+    each thing is left out or said to have another colour or shape with probability `error_rate`, one as often as the
+    other; its reasoning is right about what the description says. meta: `keywords` (the names of the things there are),
+    `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
+    Everything is a function of the settings; `data_seed` draws it all.
+
+    Raises ConfigError: a setting out of range.
+    """
+    if not 0.0 <= error_rate <= 1.0:
+        raise ConfigError(f"error_rate: expected a probability from 0 to 1, got {error_rate}")
+    if not 1 <= most <= SIDE * SIDE:
+        raise ConfigError(f"most: expected 1 to {SIDE * SIDE} shapes, got {most}")
+    if min(train, demos or 1) < 1 or min(dev, test) < 0 or train + dev + test > SCENES:
+        raise ConfigError(f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}")
+    draw = partial(rows, most=most, data_seed=data_seed)
+    held_out = SCENES - dev - test
+    return TaskSource(
+        {
+            "captions": lambda: [captioned(row, data_seed) for row in draw(0, train, noise)],
+            "demos": lambda: [demonstrated(row, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
+            "train": lambda: [row.episode() for row in draw(0, train, noise)],
+            "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
+            "test": lambda: [row.episode() for row in draw(held_out + dev, test, noise if test_noise is None else test_noise)],
+        },
+        verifier=partial(answer_match, extract="whole", after=FINAL),
+        make_env=SingleTurn,
+        max_new_tokens=300,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scene, its image, a question about it and its place in the data."""
+
+    number: int
+    scene: tuple[Thing, ...]
+    image: Image
+    question: Question
+
+    def task(self, text: str, answer: str, **meta: bool) -> Task:
+        """The image and `text` as a question."""
+        keywords = tuple(dict.fromkeys(thing.name for thing in self.scene))
+        known = {"keywords": keywords, "vocabulary": VOCABULARY, "kind": self.question.kind, "things": len(self.scene)}
+        return Task((Message("user", (self.image, text)),), answer, {**known, **meta})
+
+    def episode(self, **meta: bool) -> Episode:
+        """The question, to be played."""
+        return Episode(self.task(self.question.text, answer(self.question, self.scene), **meta), self.number)
+
+
+def rows(first: int, count: int, noise: float, *, most: int, data_seed: int) -> list[Row]:
+    """The scenes from number `first` on. Each is drawn from its number alone."""
+    made = []
+    for number in range(first, first + count):
+        rng = np.random.default_rng([data_seed, number])
+        scene = draw_scene(rng, most)
+        question = draw_question(rng, scene, KINDS[number % len(KINDS)])
+        made.append(Row(number, scene, Image(render(scene, rng, noise)), question))
+    return made
+
+
+# --------------------------------------------------------------------------- scenes and their images
+def draw_scene(rng: np.random.Generator, most: int) -> tuple[Thing, ...]:
+    """1 to `most` things in cells of their own, in reading order."""
+    cells = sorted(rng.choice(SIDE * SIDE, int(rng.integers(1, most + 1)), replace=False).tolist())
+    colours, kinds = list(COLOURS), rng.integers(len(COLOURS) * len(SHAPES), size=len(cells)).tolist()
+    return tuple(Thing(c + 1, colours[k % len(COLOURS)], SHAPES[k // len(COLOURS)]) for c, k in zip(cells, kinds, strict=True))
+
+
+def render(scene: Sequence[Thing], rng: np.random.Generator, noise: float) -> NDArray[np.uint8]:
+    """The scene as pixels (24,24,3): things on grey, each moved by -1, 0 or 1 pixel along both axes, and noise on all."""
+    image = np.full((SIDE * CELL, SIDE * CELL, 3), rng.uniform(20, 60))
+    moves = rng.integers(-1, 2, size=(len(scene), 2))
+    for thing, move in zip(scene, moves, strict=True):
+        at = np.array(divmod(thing.cell - 1, SIDE)) * CELL
+        rows_, columns = (np.argwhere(MASKS[thing.shape]) + at + move).T
+        image[rows_, columns] = COLOURS[thing.colour]
+    image *= rng.uniform(0.8, 1.1)
+    return np.clip(image + rng.normal(0.0, noise, image.shape), 0, 255).astype(np.uint8)
+
+
+def mask(shape: str) -> NDArray[np.bool_]:
+    """Which pixels of a cell a shape in its middle covers: (8,8), within the inner 6x6."""
+    y, x = np.mgrid[0:CELL, 0:CELL] - (CELL - 1) / 2
+    inner = np.maximum(abs(x), abs(y)) < 3
+    return {
+        "circle": x**2 + y**2 <= 7,
+        "square": np.maximum(abs(x), abs(y)) < 3,
+        "triangle": inner & (abs(x) <= (y + 3.5) / 2),
+        "cross": inner & (np.minimum(abs(x), abs(y)) < 1),
+    }[shape]
+
+
+MASKS = {shape: mask(shape) for shape in SHAPES}
+
+
+# --------------------------------------------------------------------------- questions and answers
+def draw_question(rng: np.random.Generator, scene: Sequence[Thing], kind: str) -> Question:
+    """A question of `kind`, about what there is more often than about what there is not."""
+    thing = scene[int(rng.integers(len(scene)))]
+    other, colours = scene[int(rng.integers(len(scene)))], list(COLOURS)
+    present = bool(rng.random() < 0.75)
+    random = Thing(1, colours[int(rng.integers(len(colours)))], SHAPES[int(rng.integers(len(SHAPES)))])
+    asked = thing if present else random
+    if kind == "compare":
+        return Question(kind, comparison(rng, asked, other))
+    if kind == "position":
+        neighboured = [t for t in scene if left_of(t.name, scene) not in (None, "nothing")]
+        return Question(kind, (neighboured[0].name if neighboured and present else thing.name,))
+    return Question(kind, (asked.colour if kind == "colour" else asked.shape,))
+
+
+def comparison(rng: np.random.Generator, first: Thing, second: Thing) -> tuple[str, str]:
+    """Two colours or two shapes, not the same."""
+    by_colour = bool(rng.random() < 0.5)
+    values = list(COLOURS) if by_colour else list(SHAPES)
+    a, b = (first.colour, second.colour) if by_colour else (first.shape, second.shape)
+    return a, b if a != b else values[(values.index(a) + 1 + int(rng.integers(len(values) - 1))) % len(values)]
+
+
+def matching(word: str, scene: Sequence[Thing]) -> list[Thing]:
+    """The things of a colour or shape."""
+    return [thing for thing in scene if word in (thing.colour, thing.shape)]
+
+
+def left_of(name: str, scene: Sequence[Thing]) -> str | None:
+    """The name of the nearest thing to the left of the first thing called `name`, in its row; None: there is no `name`."""
+    found = [thing for thing in scene if thing.name == name]
+    if not found:
+        return None
+    at = found[0].cell
+    row = [t for t in scene if (t.cell - 1) // SIDE == (at - 1) // SIDE and t.cell < at]
+    return row[-1].name if row else "nothing"
+
+
+def answer(question: Question, scene: Sequence[Thing]) -> str:
+    """The right answer where `scene` is all there is."""
+    if question.kind == "position":
+        return left_of(question.about[0], scene) or "nothing"
+    counts = [len(matching(word, scene)) for word in question.about]
+    if question.kind == "compare":
+        return "equal" if counts[0] == counts[1] else question.about[int(counts[1] > counts[0])]
+    return str(counts[0])
+
+
+# --------------------------------------------------------------------------- demonstrations
+def describe(scene: Sequence[Thing]) -> str:
+    """The things one after the other, each with its cell."""
+    return ", ".join(map(str, scene)) or "nothing"
+
+
+def trace(question: Question, scene: Sequence[Thing]) -> str:
+    """The five sections of an answer that is right about `scene`."""
+    about = " or ".join(question.about)
+    if question.kind == "position":
+        at = [thing for thing in scene if thing.name == question.about[0]][:1]
+        steps = describe(at)
+    else:
+        steps = describe([thing for word in question.about for thing in matching(word, scene)])
+    return (
+        f"{DESCRIPTION}\n{describe(scene)}\n{RATIONALES}\n{question.kind} {about}\n{STEPS}\n{STEP} {steps}\n"
+        f"{FINAL}\n{answer(question, scene)}"
+    )
+
+
+def misseen(scene: Sequence[Thing], error_rate: float, rng: np.random.Generator) -> list[Thing]:
+    """The scene as one who looks badly describes it."""
+    said = []
+    for thing in scene:
+        err, omit, of_colour, step = rng.random() < error_rate, rng.random() < 0.5, rng.random() < 0.5, rng.random()
+        colours = list(COLOURS)
+        if not err:
+            said.append(thing)
+        elif not omit:
+            values: Sequence[str] = colours if of_colour else SHAPES
+            old = thing.colour if of_colour else thing.shape
+            new = values[(values.index(old) + 1 + int(step * (len(values) - 1))) % len(values)]
+            said.append(Thing(thing.cell, new, thing.shape) if of_colour else Thing(thing.cell, thing.colour, new))
+    return said
+
+
+def demonstrated(row: Row, error_rate: float, data_seed: int) -> Episode:
+    """The question with an answer whose description errs."""
+    said = misseen(row.scene, error_rate, np.random.default_rng([data_seed, row.number, 1]))
+    right = answer(row.question, said) == answer(row.question, row.scene)
+    return demonstration(row.episode(correct=right).task, row.number, [turn(trace(row.question, said))])
+
+
+def captioned(row: Row, data_seed: int) -> Episode:
+    """The image with a right description."""
+    return demonstration(row.task("Describe.", describe(row.scene)), row.number, [turn(describe(row.scene))])
