@@ -31,7 +31,7 @@ class VisionLanguage(LanguageModel):
         if not tokenizer.chat_template:
             tokenizer.chat_template = processor.chat_template
         super().__init__(module, tokenizer, device, bf16=bf16, source=source)
-        self.processor = processor
+        self.processor = processor  # saved in the tokenizer's place, which it holds
         self.placeholder = int(tokenizer.convert_tokens_to_ids(processor.image_token))
         self.encode = functools.lru_cache(maxsize=images_kept)(self._encode)
         module.get_output_embeddings().register_forward_hook(functools.partial(silence, self.placeholder))
