@@ -33,6 +33,7 @@ DESCRIPTION, RATIONALES, STEPS, STEP, FINAL = HEADINGS = (
     "### Step 1:",
     "### The final answer is:",
 )
+EMPTY, NOTHING = ".", "nothing"
 VOCABULARY = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 SIDE, CELL = 3, 8  # cells along the grid's side, pixels along a cell's
@@ -51,9 +52,6 @@ class Thing:
     def name(self) -> str:
         """Colour and shape, a keyword of the image."""
         return f"{self.colour} {self.shape}"
-
-    def __str__(self) -> str:
-        return f"{self.cell} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def shapes(
     held_out = SCENES - dev - test
     return TaskSource(
         {
-            "captions": lambda: [captioned(row, data_seed) for row in draw(0, train, noise)],
+            "captions": lambda: [captioned(row) for row in draw(0, train, noise)],
             "demos": lambda: [demonstrated(row, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
             "train": lambda: [row.episode() for row in draw(0, train, noise)],
             "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
@@ -139,7 +137,7 @@ class Row:
         """The image and `text` as a question."""
         keywords = tuple(dict.fromkeys(thing.name for thing in self.scene))
         known = {"keywords": keywords, "vocabulary": VOCABULARY, "kind": self.question.kind, "things": len(self.scene)}
-        return Task((Message("user", (self.image, text)),), answer, {**known, **meta})
+        return Task((Message("user", (text, self.image)),), answer, {**known, **meta})
 
     def episode(self, **meta: bool) -> Episode:
         """The question, to be played."""
@@ -203,7 +201,7 @@ def draw_question(rng: np.random.Generator, scene: Sequence[Thing], kind: str) -
     if kind == "compare":
         return Question(kind, comparison(rng, asked, other))
     if kind == "position":
-        neighboured = [t for t in scene if left_of(t.name, scene) not in (None, "nothing")]
+        neighboured = [t for t in scene if left_of(t.name, scene) not in (None, NOTHING)]
         return Question(kind, (neighboured[0].name if neighboured and present else thing.name,))
     return Question(kind, (asked.colour if kind == "colour" else asked.shape,))
 
@@ -228,13 +226,13 @@ def left_of(name: str, scene: Sequence[Thing]) -> str | None:
         return None
     at = found[0].cell
     row = [t for t in scene if (t.cell - 1) // SIDE == (at - 1) // SIDE and t.cell < at]
-    return row[-1].name if row else "nothing"
+    return row[-1].name if row else NOTHING
 
 
 def answer(question: Question, scene: Sequence[Thing]) -> str:
     """The right answer where `scene` is all there is."""
     if question.kind == "position":
-        return left_of(question.about[0], scene) or "nothing"
+        return left_of(question.about[0], scene) or NOTHING
     counts = [len(matching(word, scene)) for word in question.about]
     if question.kind == "compare":
         return "equal" if counts[0] == counts[1] else question.about[int(counts[1] > counts[0])]
@@ -243,21 +241,20 @@ def answer(question: Question, scene: Sequence[Thing]) -> str:
 
 # --------------------------------------------------------------------------- demonstrations
 def describe(scene: Sequence[Thing]) -> str:
-    """The things one after the other, each with its cell."""
-    return ", ".join(map(str, scene)) or "nothing"
+    """The grid in reading order, a name or "." for each cell."""
+    names = {thing.cell: thing.name for thing in scene}
+    return " ".join(names.get(cell, EMPTY) for cell in range(1, SIDE * SIDE + 1))
 
 
 def trace(question: Question, scene: Sequence[Thing]) -> str:
     """The five sections of an answer that is right about `scene`."""
-    about = " or ".join(question.about)
     if question.kind == "position":
-        at = [thing for thing in scene if thing.name == question.about[0]][:1]
-        steps = describe(at)
+        steps = [left_of(question.about[0], scene) or NOTHING]
     else:
-        steps = describe([thing for word in question.about for thing in matching(word, scene)])
+        steps = [thing.name for word in question.about for thing in matching(word, scene)]
     return (
-        f"{DESCRIPTION}\n{describe(scene)}\n{RATIONALES}\n{question.kind} {about}\n{STEPS}\n{STEP} {steps}\n"
-        f"{FINAL}\n{answer(question, scene)}"
+        f"{DESCRIPTION} {describe(scene)}\n{RATIONALES} {question.kind} {' or '.join(question.about)}\n{STEPS}\n"
+        f"{STEP} {' '.join(steps) or NOTHING}\n{FINAL} {answer(question, scene)}"
     )
 
 
@@ -284,6 +281,7 @@ def demonstrated(row: Row, error_rate: float, data_seed: int) -> Episode:
     return demonstration(row.episode(correct=right).task, row.number, [turn(trace(row.question, said))])
 
 
-def captioned(row: Row, data_seed: int) -> Episode:
+def captioned(row: Row) -> Episode:
     """The image with a right description."""
-    return demonstration(row.task("Describe.", describe(row.scene)), row.number, [turn(describe(row.scene))])
+    right = f"{DESCRIPTION} {describe(row.scene)}"
+    return demonstration(row.task("Describe.", right), row.number, [turn(right)])
