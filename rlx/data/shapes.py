@@ -82,18 +82,18 @@ def shapes(
     most: int = 5,
     error_rate: float = 0.3,
     noise: float = 12.0,
-    test_noise: float | None = None,
+    heavy_noise: float = 40.0,
     data_seed: int = 0,
 ) -> TaskSource:
     """Images of 1 to `most` shapes with a question about each: "How many red objects?", answer "2".
 
     24x24 pixels, a grid of 3x3 cells: circles, squares, triangles and crosses in five colours, moved by a pixel or less
     from the middle of their cell, on a dark grey of random brightness, with normal noise of standard deviation `noise` (of
-    255; `test_noise` in the split test). Four kinds of question, equally often: how many of a colour, how many of a shape,
+    255). Four kinds of question, equally often: how many of a colour, how many of a shape,
     which of two colours or shapes there are more of (or "equal"), and what stands left of a thing in its row (or
     "nothing"). An answer has five sections (HEADINGS), of which the last holds the bare answer.
 
-    Splits: train, dev and test (a question each, scenes of their own), `demos` (the first `demos` of train, answered in the
+    Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the first `demos` of train, answered in the
     five sections) and `captions` (the scenes of train with a right description alone). In a demonstration's description
     each thing is left out or said to have another colour or shape with probability `error_rate`, one as often as the
     other; its reasoning is right about what the description says. meta: `keywords` (the names of the things there are),
@@ -116,7 +116,8 @@ def shapes(
             "demos": lambda: [demonstrated(row, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
             "train": lambda: [row.episode() for row in draw(0, train, noise)],
             "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
-            "test": lambda: [row.episode() for row in draw(held_out + dev, test, noise if test_noise is None else test_noise)],
+            "test": lambda: [row.episode() for row in draw(held_out + dev, test, noise)],
+            "noisy": lambda: [row.episode() for row in draw(held_out + dev, test, heavy_noise)],
         },
         verifier=partial(answer_match, extract="whole", after=FINAL),
         make_env=SingleTurn,

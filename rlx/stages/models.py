@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlx.build import hint, model_offers
-from rlx.types import HEADS, Component, Model, ModelName, ModelRef, Policy
+from rlx.types import HEADS, Component, ConfigError, Model, ModelName, ModelRef, Policy
 
 # The reference policy's fields go by the name that the field knows them by.
 PREFIX = {"reference": "ref"}
@@ -30,7 +30,8 @@ class ModelSpec:
     """One model of a stage. It starts `from` a reference, is made by `model`, or follows another one as its `ema`.
 
     `heads` maps names to what they read (HEADS in rlx/types.py). An ema target is p <- decay p + (1 - decay) q after each
-    update of the model that it follows.
+    update of the model that it follows. `freeze` names parts that are not trained, such as `vision_tower`: words of the
+    weights' dotted names.
     """
 
     from_: ModelRef | None = None
@@ -38,6 +39,7 @@ class ModelSpec:
     heads: dict[str, str] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     add_tokens: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
     ema: str = ""
     decay: float = 0.995
     refresh: Refresh | None = None
@@ -126,6 +128,17 @@ def weights(policy: Policy) -> list[torch.Tensor]:
     """Every weight of a model, heads included, trained or not."""
     modules = [policy.module, getattr(policy, "heads", None)]
     return [p for module in modules if module is not None for p in module.parameters()]
+
+
+def freeze(policy: Policy, parts: Iterable[str], where: str) -> None:
+    """Train all but some parts of a model. Raises ConfigError where it has no such part."""
+    for part in parts:
+        found = [p for name, p in policy.module.named_parameters() if f".{part}." in f".{name}."]
+        if not found:
+            known = dict.fromkeys(word for name, _ in policy.module.named_parameters() for word in name.split(".")[:-1])
+            raise ConfigError(f"{where}: freeze: the model has no part {part!r}{hint(part, known)}")
+        for weight in found:
+            weight.requires_grad_(False)
 
 
 def target_of(policy: Any) -> Any:
