@@ -79,6 +79,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
         "shapes": "rlx.data.shapes:shapes",
+        "visual": "rlx.data.visual:visual",
         "gsm8k": "rlx.data.gsm8k:gsm8k",
         "math": "rlx.data.mathematics:math",
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",

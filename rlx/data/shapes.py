@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -34,10 +34,22 @@ DESCRIPTION, RATIONALES, STEPS, STEP, FINAL = HEADINGS = (
     "### The final answer is:",
 )
 EMPTY, NOTHING = ".", "nothing"
-VOCABULARY = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 SIDE, CELL = 3, 8  # cells along the grid's side, pixels along a cell's
 SCENES = 2**20  # scenes are numbered through; held-out ones are from the end
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours and shapes that there are."""
+
+    colours: tuple[str, ...] = tuple(COLOURS)
+    shapes: tuple[str, ...] = SHAPES
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all things."""
+        return tuple(f"{colour} {shape}" for colour in self.colours for shape in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -75,11 +87,13 @@ class Question:
 
 def shapes(
     *,
-    train: int = 4000,
+    train: int = 3000,
     dev: int = 200,
     test: int = 600,
     demos: int | None = 1500,
     most: int = 5,
+    colours: int = 5,
+    kinds: int = 4,
     error_rate: float = 0.3,
     noise: float = 12.0,
     heavy_noise: float = 40.0,
@@ -87,16 +101,16 @@ def shapes(
 ) -> TaskSource:
     """Images of 1 to `most` shapes with a question about each: "How many red objects?", answer "2".
 
-    24x24 pixels, a grid of 3x3 cells: circles, squares, triangles and crosses in five colours, moved by a pixel or less
-    from the middle of their cell, on a dark grey of random brightness, with normal noise of standard deviation `noise` (of
-    255). Four kinds of question, equally often: how many of a colour, how many of a shape,
+    24x24 pixels, a grid of 3x3 cells: the first `kinds` of circles, squares, triangles and crosses in the first `colours` of
+    COLOURS, moved by a pixel or less from the middle of their cell, on a dark grey of random brightness, with normal noise
+    of standard deviation `noise` (of 255). Four kinds of question, equally often: how many of a colour, how many of a shape,
     which of two colours or shapes there are more of (or "equal"), and what stands left of a thing in its row (or
     "nothing"). An answer has five sections (HEADINGS), of which the last holds the bare answer.
 
-    Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the first `demos` of train, answered in the
-    five sections) and `captions` (the scenes of train with a right description alone). In a demonstration's description
-    each thing is left out or said to have another colour or shape with probability `error_rate`, one as often as the
-    other; its reasoning is right about what the description says. meta: `keywords` (the names of the things there are),
+    Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the first
+    `demos` of train, answered in the five sections) and `captions` (the scenes of train with a right description alone). In
+    a demonstration's description each thing is left out or said to have another colour or shape with probability
+    `error_rate`, one as often as the other; its reasoning is right about what the description says. meta: `keywords` (the names of the things there are),
     `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
     Everything is a function of the settings; `data_seed` draws it all.
 
@@ -106,14 +120,17 @@ def shapes(
         raise ConfigError(f"error_rate: expected a probability from 0 to 1, got {error_rate}")
     if not 1 <= most <= SIDE * SIDE:
         raise ConfigError(f"most: expected 1 to {SIDE * SIDE} shapes, got {most}")
+    if not (2 <= colours <= len(COLOURS) and 2 <= kinds <= len(SHAPES)):
+        raise ConfigError(f"expected 2 to {len(COLOURS)} colours and 2 to {len(SHAPES)} kinds of shapes, got {colours} and {kinds}")
     if min(train, demos or 1) < 1 or min(dev, test) < 0 or train + dev + test > SCENES:
         raise ConfigError(f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}")
-    draw = partial(rows, most=most, data_seed=data_seed)
+    palette = Palette(tuple(COLOURS)[:colours], SHAPES[:kinds])
+    draw = partial(rows, palette=palette, most=most, data_seed=data_seed)
     held_out = SCENES - dev - test
     return TaskSource(
         {
             "captions": lambda: [captioned(row) for row in draw(0, train, noise)],
-            "demos": lambda: [demonstrated(row, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
+            "demos": lambda: [demonstrated(row, palette, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
             "train": lambda: [row.episode() for row in draw(0, train, noise)],
             "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
             "test": lambda: [row.episode() for row in draw(held_out + dev, test, noise)],
@@ -133,11 +150,12 @@ class Row:
     scene: tuple[Thing, ...]
     image: Image
     question: Question
+    names: tuple[str, ...]
 
     def task(self, text: str, answer: str, **meta: bool) -> Task:
         """The image and `text` as a question."""
         keywords = tuple(dict.fromkeys(thing.name for thing in self.scene))
-        known = {"keywords": keywords, "vocabulary": VOCABULARY, "kind": self.question.kind, "things": len(self.scene)}
+        known = {"keywords": keywords, "vocabulary": self.names, "kind": self.question.kind, "things": len(self.scene)}
         return Task((Message("user", (text, self.image)),), answer, {**known, **meta})
 
     def episode(self, **meta: bool) -> Episode:
@@ -145,35 +163,41 @@ class Row:
         return Episode(self.task(self.question.text, answer(self.question, self.scene), **meta), self.number)
 
 
-def rows(first: int, count: int, noise: float, *, most: int, data_seed: int) -> list[Row]:
+def rows(first: int, count: int, noise: float, *, palette: Palette, most: int, data_seed: int) -> list[Row]:
     """The scenes from number `first` on. Each is drawn from its number alone."""
     made = []
     for number in range(first, first + count):
         rng = np.random.default_rng([data_seed, number])
-        scene = draw_scene(rng, most)
-        question = draw_question(rng, scene, KINDS[number % len(KINDS)])
-        made.append(Row(number, scene, Image(render(scene, rng, noise)), question))
+        scene = draw_scene(rng, palette, most)
+        question = draw_question(rng, palette, scene, KINDS[number % len(KINDS)])
+        made.append(Row(number, scene, Image(render(scene, rng, noise)), question, palette.names))
     return made
 
 
 # --------------------------------------------------------------------------- scenes and their images
-def draw_scene(rng: np.random.Generator, most: int) -> tuple[Thing, ...]:
+def draw_scene(rng: np.random.Generator, palette: Palette, most: int) -> tuple[Thing, ...]:
     """1 to `most` things in cells of their own, in reading order."""
     cells = sorted(rng.choice(SIDE * SIDE, int(rng.integers(1, most + 1)), replace=False).tolist())
-    colours, kinds = list(COLOURS), rng.integers(len(COLOURS) * len(SHAPES), size=len(cells)).tolist()
-    return tuple(Thing(c + 1, colours[k % len(COLOURS)], SHAPES[k // len(COLOURS)]) for c, k in zip(cells, kinds, strict=True))
+    return tuple(draw_thing(rng, palette, cell + 1) for cell in cells)
+
+
+def draw_thing(rng: np.random.Generator, palette: Palette, cell: int) -> Thing:
+    """Any thing."""
+    colour, shape = rng.integers(len(palette.colours)), rng.integers(len(palette.shapes))
+    return Thing(cell, palette.colours[colour], palette.shapes[shape])
 
 
 def render(scene: Sequence[Thing], rng: np.random.Generator, noise: float) -> NDArray[np.uint8]:
     """The scene as pixels (24,24,3): things on grey, each moved by -1, 0 or 1 pixel along both axes, and noise on all."""
-    image = np.full((SIDE * CELL, SIDE * CELL, 3), rng.uniform(20, 60))
+    image = np.full((SIDE * CELL, SIDE * CELL, 3), rng.uniform(20, 60), np.float32)
     moves = rng.integers(-1, 2, size=(len(scene), 2))
     for thing, move in zip(scene, moves, strict=True):
-        at = np.array(divmod(thing.cell - 1, SIDE)) * CELL
-        rows_, columns = (np.argwhere(MASKS[thing.shape]) + at + move).T
-        image[rows_, columns] = COLOURS[thing.colour]
+        y, x = divmod(thing.cell - 1, SIDE)
+        points = POINTS[thing.shape] + move
+        image[points[:, 0] + y * CELL, points[:, 1] + x * CELL] = COLOURS[thing.colour]
     image *= rng.uniform(0.8, 1.1)
-    return np.clip(image + rng.normal(0.0, noise, image.shape), 0, 255).astype(np.uint8)
+    image += np.float32(noise) * rng.standard_normal(image.shape, np.float32)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def mask(shape: str) -> NDArray[np.bool_]:
@@ -188,31 +212,33 @@ def mask(shape: str) -> NDArray[np.bool_]:
     }[shape]
 
 
-MASKS = {shape: mask(shape) for shape in SHAPES}
+POINTS = {shape: np.argwhere(mask(shape)) for shape in SHAPES}
 
 
 # --------------------------------------------------------------------------- questions and answers
-def draw_question(rng: np.random.Generator, scene: Sequence[Thing], kind: str) -> Question:
+def draw_question(rng: np.random.Generator, palette: Palette, scene: Sequence[Thing], kind: str) -> Question:
     """A question of `kind`, about what there is more often than about what there is not."""
-    thing = scene[int(rng.integers(len(scene)))]
-    other, colours = scene[int(rng.integers(len(scene)))], list(COLOURS)
+    thing, other = (scene[int(i)] for i in rng.integers(len(scene), size=2))
     present = bool(rng.random() < 0.75)
-    random = Thing(1, colours[int(rng.integers(len(colours)))], SHAPES[int(rng.integers(len(SHAPES)))])
-    asked = thing if present else random
-    if kind == "compare":
-        return Question(kind, comparison(rng, asked, other))
     if kind == "position":
         neighboured = [t for t in scene if left_of(t.name, scene) not in (None, NOTHING)]
         return Question(kind, (neighboured[0].name if neighboured and present else thing.name,))
+    asked = thing if present else draw_thing(rng, palette, 0)
+    if kind == "compare":
+        return Question(kind, comparison(rng, palette, asked, other))
     return Question(kind, (asked.colour if kind == "colour" else asked.shape,))
 
 
-def comparison(rng: np.random.Generator, first: Thing, second: Thing) -> tuple[str, str]:
+def comparison(rng: np.random.Generator, palette: Palette, first: Thing, second: Thing) -> tuple[str, str]:
     """Two colours or two shapes, not the same."""
     by_colour = bool(rng.random() < 0.5)
-    values = list(COLOURS) if by_colour else list(SHAPES)
     a, b = (first.colour, second.colour) if by_colour else (first.shape, second.shape)
-    return a, b if a != b else values[(values.index(a) + 1 + int(rng.integers(len(values) - 1))) % len(values)]
+    return a, b if a != b else another(palette.colours if by_colour else palette.shapes, a, float(rng.random()))
+
+
+def another(values: Sequence[str], value: str, draw: float) -> str:
+    """One of the other values; `draw` is uniform from 0 to 1."""
+    return values[(values.index(value) + 1 + int(draw * (len(values) - 1))) % len(values)]
 
 
 def matching(word: str, scene: Sequence[Thing]) -> list[Thing]:
@@ -259,25 +285,23 @@ def trace(question: Question, scene: Sequence[Thing]) -> str:
     )
 
 
-def misseen(scene: Sequence[Thing], error_rate: float, rng: np.random.Generator) -> list[Thing]:
+def misseen(scene: Sequence[Thing], palette: Palette, error_rate: float, rng: np.random.Generator) -> list[Thing]:
     """The scene as one who looks badly describes it."""
     said = []
     for thing in scene:
-        err, omit, of_colour, step = rng.random() < error_rate, rng.random() < 0.5, rng.random() < 0.5, rng.random()
-        colours = list(COLOURS)
+        err, omit, of_colour, draw = rng.random() < error_rate, rng.random() < 0.5, rng.random() < 0.5, float(rng.random())
         if not err:
             said.append(thing)
+        elif not omit and of_colour:
+            said.append(replace(thing, colour=another(palette.colours, thing.colour, draw)))
         elif not omit:
-            values: Sequence[str] = colours if of_colour else SHAPES
-            old = thing.colour if of_colour else thing.shape
-            new = values[(values.index(old) + 1 + int(step * (len(values) - 1))) % len(values)]
-            said.append(Thing(thing.cell, new, thing.shape) if of_colour else Thing(thing.cell, thing.colour, new))
+            said.append(replace(thing, shape=another(palette.shapes, thing.shape, draw)))
     return said
 
 
-def demonstrated(row: Row, error_rate: float, data_seed: int) -> Episode:
+def demonstrated(row: Row, palette: Palette, error_rate: float, data_seed: int) -> Episode:
     """The question with an answer whose description errs."""
-    said = misseen(row.scene, error_rate, np.random.default_rng([data_seed, row.number, 1]))
+    said = misseen(row.scene, palette, error_rate, np.random.default_rng([data_seed, row.number, 1]))
     right = answer(row.question, said) == answer(row.question, row.scene)
     return demonstration(row.episode(correct=right).task, row.number, [turn(trace(row.question, said))])
 

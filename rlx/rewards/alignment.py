@@ -23,7 +23,6 @@ def clip_similarity(
     end: str | None = None,
     scale: float = 0.4,
     max_tokens: int | None = None,
-    trust_remote_code: bool = False,
 ) -> list[float]:
     """min(1, max(0, s) / scale), s the cosine of the image's and the description's embedding by a CLIP model.
 
@@ -41,7 +40,7 @@ def clip_similarity(
     asked = [i for i, text in enumerate(texts) if text]
     values = [0.0] * len(episodes)
     if asked:
-        model, processor = load(path, trust_remote_code)
+        model, processor = load(path)
         images = {id(image): image for image in (first_image(episodes[i]) for i in asked)}
         seen = dict(zip(images, embed_images(model, processor, list(images.values())), strict=True))
         said = embed_texts(model, processor, [texts[i] for i in asked], max_tokens)
@@ -94,14 +93,14 @@ def first_image(episode: Episode) -> Image:
 
 # --------------------------------------------------------------------------- the encoder
 @functools.cache
-def load(path: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def load(path: str) -> tuple[Any, Any]:
     """The model, on the GPU if there is one, and its processor. Raises ConfigError."""
     from transformers import AutoModel, AutoProcessor
 
     where = place(path)
     try:
-        processor = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(where, trust_remote_code=trust_remote_code, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(where)
+        model = AutoModel.from_pretrained(where, use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
