@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlx.tensors import group_mean_std, seq_sum, spread, sum_to_go
+from rlx.tensors import group_mean_std, inside, seq_sum, spread, sum_to_go, td_sums
 
 
 def group_mean(ret: Tensor, group: Tensor, mask: Tensor) -> Tensor:
@@ -50,6 +50,33 @@ def returns(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """
     scored = ~seq_sum(reward, mask).isnan()
     return sum_to_go(reward, mask & scored.unsqueeze(-1), gamma)
+
+
+def gae(
+    reward: Tensor,
+    old_value: Tensor,
+    bootstrap: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = False,
+) -> Tensor:
+    """A_t = d_t + gamma lam A_u, d_t = r_t + gamma V_u - V_t, u the next trained position: (N,T), in units of reward.
+
+    Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16). lam=1 is return minus value, lam=0 the
+    TD error. V is the critic's before the update; after the last position of an episode that was cut stands `bootstrap`.
+    `whiten` brings all advantages of the batch to mean 0 and standard deviation (n - 1) 1, so that they have no unit.
+    An episode that could not be scored gets 0 and does not count.
+    """
+    scored = mask & ~seq_sum(reward, mask).isnan().unsqueeze(-1)
+    adv = td_sums(reward, old_value, bootstrap, scored, gamma, lam)
+    if not whiten:
+        return adv
+    count = scored.sum()
+    mean = adv.sum() / count.clamp(min=1)
+    centred = inside(adv - mean, scored)
+    return centred / ((centred.square().sum() / (count - 1).clamp(min=1)).sqrt() + 1e-8)
 
 
 def _scored(x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlx.build import Binder
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
-from rlx.plan import Plan, plan
+from rlx.plan import Plan, bind_objective, plan
 from rlx.report.read import JOBS, job_run
 from rlx.types import ConfigError
 
@@ -208,7 +209,12 @@ def claim_if_any(config: dict[str, Any], trust: Sequence[str] = ()) -> None:
         claim = claim_of(config)
         for arm in claim.names:
             for setting in claim.settings():
-                plan(arm_config(config, claim, arm, setting, 0), trusted=trust)
+                made = plan(arm_config(config, claim, arm, setting, 0), trusted=trust)
+            binder = Binder()
+            for metric in claim.read_of(arm):
+                bind_objective(binder, metric, made.stages, f"claim, arm {arm}")
+            if binder.errors:
+                raise ConfigError("\n".join(binder.errors))
 
 
 def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: bool) -> None:

@@ -45,7 +45,7 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
 }
 # Settings that name a file or a folder, or else something on the hub.
 FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",), "reward": ("path",)}
-SUFFIXES = (".jsonl", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 # `pass@8` is a name and a number; an @ in the path of a file of the user's is not.
 NUMBERED = re.compile(r"(.+)@(\w*)")
 # What a language model computes, besides its heads.
@@ -191,6 +191,12 @@ class Binder:
             last = path.rpartition(".")[2]
             what = f"a {getattr(hint_, '__name__', last).lower()}" if last.isdecimal() else f"`{last}`"
             return self.record(hint_, what, value, path)
+        if typing.is_typeddict(hint_):
+            if not isinstance(value, Mapping):
+                self.errors.append(f"{path}: expected a mapping, got {value!r}")
+                return None
+            params = {key: Param(kind, False) for key, kind in typing.get_type_hints(hint_).items()}
+            return self.keywords(f"`{path.rpartition('.')[2]}`", params, value, path, list(params))
         if origin is Literal:
             if value not in args:
                 self.errors.append(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")

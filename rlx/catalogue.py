@@ -15,24 +15,33 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "policy_gradient": "rlx.losses.policy:policy_gradient",
         "clipped_surrogate": "rlx.losses.policy:clipped_surrogate",
         "kl": "rlx.losses.policy:kl",
+        "bradley_terry": "rlx.losses.preference:bradley_terry",
+        "dpo": "rlx.losses.preference:dpo",
+        "value_mse": "rlx.losses.value:value_mse",
+        "clipped_value": "rlx.losses.value:clipped_value",
     },
     "advantage": {
         "group_mean": "rlx.advantages:group_mean",
         "group_zscore": "rlx.advantages:group_zscore",
         "rloo": "rlx.advantages:rloo",
         "returns": "rlx.advantages:returns",
+        "gae": "rlx.advantages:gae",
     },
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
         "log_ratio": "rlx.derive:log_ratio",
         "value_in_use": "rlx.methods.rlgf:value_in_use",
         "paid_at_end": "rlx.methods.rlgf:paid_at_end",
+        "lambda_returns": "rlx.derive:lambda_returns",
     },
     "watch": {
         "clip_fraction": "rlx.losses.watch:clip_fraction",
         "approx_kl": "rlx.losses.watch:approx_kl",
         "ref_kl": "rlx.losses.watch:ref_kl",
         "entropy": "rlx.losses.watch:entropy_value",
+        "pair_accuracy": "rlx.losses.watch:pair_accuracy",
+        "dpo_accuracy": "rlx.losses.watch:dpo_accuracy",
+        "dpo_margin": "rlx.losses.watch:dpo_margin",
     },
     "reduce": {
         "token_mean": "rlx.reduce:token_mean",
@@ -53,6 +62,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "clip_similarity": "rlx.rewards.alignment:clip_similarity",
         "annotation_similarity": "rlx.rewards.alignment:annotation_similarity",
         "reward_model": "rlx.rewards.model:reward_model",
+        "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
     },
     "keep": {
@@ -86,6 +96,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
         "letter_chain": "rlx.data.chain:letter_chain",
+        "synth_pref": "rlx.data.synth_pref:synth_pref",
+        "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
     },
     "data": {
@@ -93,6 +105,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "parquet": "rlx.data.files:parquet",
         "csv": "rlx.data.files:csv",
         "hub": "rlx.data.files:hub",
+        "hh_rlhf": "rlx.data.hh:hh_rlhf",
     },
     "model": {
         "tiny": "rlx.models.load:tiny",

@@ -96,6 +96,12 @@ class Claim:
         checked = [m for c in self.checks for m in (c.metric, c.minus_metric) if m]
         return list(dict.fromkeys([*checked, *(s.metric for s in self.show)]))
 
+    def read_of(self, arm: str) -> list[str]:
+        """The metrics that the checks read of one arm; of the method also those that are shown."""
+        checked = [c.metric for c in self.checks if c.arm == arm]
+        minus = [c.minus_metric or c.metric for c in self.checks if c.minus == arm]
+        return list(dict.fromkeys([*checked, *minus, *(s.metric for s in self.show if arm == METHOD)]))
+
     @property
     def columns(self) -> list[tuple[str, At]]:
         """The columns of the result's table: what is checked, then what is shown."""

@@ -83,6 +83,7 @@ def train(
     """
     from rlx import app as run
 
+    overrides, recipes = by_path(overrides, recipes)
     if multirun:
         run.sweep(overrides, recipes, trust or [])
     else:
@@ -111,7 +112,8 @@ def check(
     """
     from rlx import app as run
 
-    run.check(overrides or [], recipes, trust or [], every=every, first_batch=first_batch)
+    overrides, recipes = by_path(overrides, recipes)
+    run.check(overrides, recipes, trust or [], every=every, first_batch=first_batch)
 
 
 @app.command("list")
@@ -145,7 +147,7 @@ def show(overrides: Overrides, recipes: Recipes = None) -> None:
     """
     from rlx import show as shown
 
-    shown.show_recipe(overrides, recipes)
+    shown.show_recipe(*by_path(overrides, recipes))
 
 
 @data_app.command("show")
@@ -163,7 +165,7 @@ def data_show(
     """
     from rlx import show as shown
 
-    shown.show_data(overrides, recipes, trust or [], rows)
+    shown.show_data(*by_path(overrides, recipes), trust or [], rows)
 
 
 @app.command("eval")
@@ -214,6 +216,7 @@ def reproduce(
     """
     from rlx import app as run
 
+    overrides, recipes = by_path(overrides, recipes)
     status = run.reproduce(overrides, recipes, trust or [], seeds=seeds, paper=paper, out=out, jobs=jobs, long=long)
     raise typer.Exit(status)
 
@@ -234,6 +237,21 @@ def report(
     from rlx.report.page import write
 
     print(write(path, out))
+
+
+def by_path(overrides: list[str] | None, recipes: Path | None) -> tuple[list[str], Path | None]:
+    """`./mine/capitals.yaml` is `capitals` with that file among the recipes."""
+    words = list(overrides or [])
+    for i, word in enumerate(words):
+        path = word.removeprefix("recipe=")
+        if path.endswith((".yaml", ".yml")) and (i == 0 or word != path):
+            if recipes is not None or not Path(path).is_file():
+                from rlx.types import ConfigError
+
+                why = "give the recipe's name beside --recipes" if recipes is not None else "there is no such file"
+                raise ConfigError(f"recipe {path}: {why}")
+            words[i], recipes = f"recipe={Path(path).stem}", Path(path)
+    return words, recipes
 
 
 def main() -> None:

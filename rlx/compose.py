@@ -96,9 +96,9 @@ def recipes(extra: Path | None = None) -> dict[str, RecipeFile]:
     """Every recipe by name. Raises ConfigError where two have one name."""
     found: dict[str, RecipeFile] = {}
     for folder in (RECIPES, *([extra] if extra else [])):
-        if not folder.is_dir():
+        if not folder.exists():
             raise ConfigError(f"--recipes {folder}: is no directory")
-        for path in sorted(folder.rglob("*.yaml")):
+        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else [folder]:
             name = ("paper/" if path.parent.name == "paper" else "") + path.stem
             if not NAME.fullmatch(path.stem):
                 raise ConfigError(f"{path}: a recipe's name is made of letters, digits, '.', '_' and '-'")
@@ -149,6 +149,8 @@ def prepare(arguments: Sequence[str], known: Mapping[str, RecipeFile], *, sweep:
         if is_hydra(key):
             if not sweep:
                 wrong.append(f"{given}: Hydra's own settings are for sweeps (rlx train -m)")
+        elif (top := key.lstrip("+~").partition(".")[0]) in HEADER:
+            wrong.append(f"{given}: `{top}` is what a recipe says about itself; change it in the recipe's file")
         elif RESOLVER.search(given):
             wrong.append(f"{given}: resolvers are not for configs; a value may only refer to keys of the recipe")
         elif said := unreadable(text, sweep=sweep):
@@ -390,8 +392,8 @@ def swapped(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def apply_caps(config: dict[str, Any]) -> list[str]:
-    """Hold every stage to the sizes of `scale`; a line for each cap that bites."""
-    notices = []
+    """Hold every stage to the sizes of `scale`; a line that says which caps bite."""
+    bites: dict[str, int] = {}
     caps: dict[str, Any] = config.pop("caps", None) or {}
 
     def cap(node: Any, path: str) -> None:
@@ -400,12 +402,12 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
                 cap(value, f"{path}.{key}")
             elif (size := str(key).rpartition(".")[2]) in caps and isinstance(value, int) and value > caps[size]:
                 node[key] = caps[size]
-                notices.append(f"{path}.{key}: {value} -> {caps[size]} (scale={config.get('scale')})")
+                bites[size] = caps[size]
 
     stages = config.get("stages")
     stages = stages if isinstance(stages, dict) else {}
     cap(stages, "stages")
-    told = len(notices)
+    held = ", ".join(f"{size} {most}" for size, most in bites.items())
     claim = config.get("claim")
     for key in ("common", "arms"):  # what a claim's arms change is held to the same sizes, without a word
         cap(claim.get(key) or {} if isinstance(claim, dict) else {}, f"claim.{key}")
@@ -418,4 +420,4 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
         if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
             for key, value in ((caps.get("unset") or {}).get("evaluate") or {}).items():
                 stage["eval"].setdefault(key, value)
-    return notices[:told]
+    return [f"scale={config.get('scale')} holds the stages to at most {held}"] if held else []

@@ -23,3 +23,16 @@ def kl_penalty(
 def log_ratio(of: Tensor, over: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
     """scale * (of - over): (N,T), `of` and `over` being log-probabilities in nats that the recipe's `read` names."""
     return scale * tensors.log_ratio(of, over, mask)
+
+
+def lambda_returns(
+    reward: Tensor, old_value: Tensor, bootstrap: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> Tensor:
+    """R_t = V_t + A_t, A as in the advantage `gae`: (N,T), in units of reward; the critic's target `returns`.
+
+    R_t = r_t + gamma ((1 - lam) V_u + lam R_u), u the next trained position (TD(lambda), Sutton 1988). lam=1 is the
+    discounted return. Where the advantage has another lam than the target, the two are decoupled (VAPO, Yue et al. 2025,
+    arXiv 2504.05118).
+    """
+    advantage = tensors.td_sums(reward, old_value, bootstrap, mask, gamma, lam)
+    return advantage + tensors.inside(old_value, mask)

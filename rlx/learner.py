@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlx.optim import factor
+from rlx.reduce import token_mean
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
 
 Term = TypeVar("Term")
@@ -119,7 +120,7 @@ class TorchLearner:
         return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
-        counts = step_counts(batch, update.loss)
+        counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
         self._begin_state(update)
@@ -199,9 +200,9 @@ def states(update: Update) -> list[tuple[str, float, Callable[..., Tensor]]]:
     return [found for term in update.loss if (found := marked(term.call, "state"))]
 
 
-def step_counts(batch: Mapping[str, Tensor], loss: Sequence[Component[LossTerm]]) -> dict[str, Counts]:
-    """The counts of an optimiser step by each mask that a term is reduced over."""
-    return {name: count(batch[name], batch["group"]) for name in dict.fromkeys(["mask", *map(mask_of, loss)])}
+def step_counts(batch: Mapping[str, Tensor], terms: Sequence[Component[Any]]) -> dict[str, Counts]:
+    """The counts of an optimiser step by each mask that a term or diagnostic is reduced over."""
+    return {name: count(batch[name], batch["group"]) for name in dict.fromkeys(["mask", *map(mask_of, terms)])}
 
 
 def count(mask: Tensor, group: Tensor) -> Counts:
@@ -232,11 +233,11 @@ def diagnose(
     update: Update, fields: Mapping[str, Tensor], counts: Mapping[str, Counts], metrics: dict[str, Tensor], *, check_gap: bool
 ) -> None:
     """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's."""
-    mask, tokens = fields["mask"], counts["mask"].tokens
     for watch in update.watch:
-        x = watch.call(*(fields[name] for name in watch.reads))
-        add(metrics, watch.name, torch.where(mask, x, 0.0).sum() / tokens)
+        x, by = watch.call(*(fields[name] for name in watch.reads)), mask_of(watch)
+        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by]))
     if check_gap:
+        mask, tokens = fields["mask"], counts["mask"].tokens
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
         metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
         add(metrics, "gap/mean", gap.sum() / tokens)
@@ -250,15 +251,19 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
     """
     mask = fields[mask_of(term)]
     x = term.call(*(fields[name] for name in term.reads))
-    if x.dim() == 2:
-        own = term.reduce or reduce
-        return own.call(x, mask, counts)
-    if term.reduce is not None:
+    if term.reduce is not None and x.dim() < 2:
         what = "sequence" if len(x.shape) and len(x) == len(mask) else "group"
         raise ConfigError(
             f"loss {term.name!r} is one number for each {what}, averaged over {what}s; "
             f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
         )
+    return averaged(x, mask, (term.reduce or reduce).call, counts)
+
+
+def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts) -> Tensor:
+    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is."""
+    if x.dim() == 2:
+        return reduce(x, mask, counts)
     if x.dim() == 0:
         return x
     if len(x) == len(mask):

@@ -235,7 +235,7 @@ def sizes(node: Any) -> list[str]:
         found.append(f"lr: expected 0 or more, got {given['lr']}")
     if given.get("temperature", 1.0) <= 0:
         found.append(f"temperature: expected more than 0, got {given['temperature']}")
-    if values.get("loss") == []:
+    if values.get("loss") == [] and not values.get("updates"):
         found.append("loss: required; a stage without a loss trains nothing")
     if dataclasses.is_dataclass(values.get("eval")):
         found += [f"eval.{line}" for line in sizes(values["eval"])]
@@ -243,7 +243,14 @@ def sizes(node: Any) -> list[str]:
 
 
 def watched(node: Mapping[str, Any]) -> dict[str, Any]:
-    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say)."""
+    """`watch` with what its diagnostics leave unset taken from the one loss term that has it (clip bounds, say).
+
+    The same in each of the node's `updates`.
+    """
+    updates = node.get("updates")
+    if isinstance(updates, Mapping):
+        filled = {k: {**u, **watched(u)} if isinstance(u, Mapping) else u for k, u in updates.items()}
+        return {"updates": filled, **watched({k: v for k, v in node.items() if k != "updates"})}
     if not isinstance(node.get("watch"), list) or not isinstance(node.get("loss"), list):
         return {}
     known: dict[str, list[Any]] = {}
@@ -268,13 +275,13 @@ def settings_of(group: str, node: Any) -> dict[str, Any]:
     return {p.name: given.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tuple[str, str]:
+def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any], where: str = "objective") -> tuple[str, str]:
     """`rl/eval/accuracy` -> (rl, eval/accuracy). What is measured is known here; what training logs shows in the run."""
     if not isinstance(text, str):
         return "", ""
     name, _, metric = text.partition("/")
     if name not in stages:
-        binder.errors.append(f"objective: {text!r} names no stage of the recipe; write stage/metric{hint(name, stages)}")
+        binder.errors.append(f"{where}: {text!r} names no stage of the recipe; write stage/metric{hint(name, stages)}")
         return "", ""
     stage = stages[name]
     if stage is None:  # its own mistakes are reported
@@ -284,7 +291,7 @@ def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any]) -> tupl
         measured = [f"{policy}/{m.name}" for policy in policies for m in stage.metrics]
     if not metric or (metric not in measured and (policies or metric.startswith("eval/"))):
         known = [f"{name}/{m}" for m in measured] or [f"{name}/loss"]
-        binder.errors.append(f"objective: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
+        binder.errors.append(f"{where}: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
     return name, metric
 
 

@@ -65,6 +65,41 @@ def sum_to_go(x: Tensor, mask: Tensor, discount: float) -> Tensor:
     return inside(torch.stack(columns[::-1], dim=-1), mask)
 
 
+def td_sums(reward: Tensor, value: Tensor, bootstrap: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_t = d_t + gamma lam A_u with d_t = r_t + gamma V_u - V_t, u the next trained position after t: (N,T), 0 outside.
+
+    After the last trained position stands `bootstrap` (N,): the value of the state in which an episode was cut, 0 where it
+    ended. Positions that the policy did not produce are stepped over: their values are never read.
+    """
+    reward, value = inside(reward, mask), inside(value, mask)
+    after, total = bootstrap.float(), torch.zeros_like(reward[:, 0])
+    columns = []
+    for t in reversed(range(reward.shape[-1])):
+        found = reward[:, t] + gamma * after - value[:, t] + gamma * lam * total
+        total = torch.where(mask[:, t], found, total)
+        after = torch.where(mask[:, t], value[:, t], after)
+        columns.append(total)
+    return inside(torch.stack(columns[::-1], dim=-1), mask)
+
+
+def pairs(group: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """The better and the worse sequence of every pair of one group whose labels (N,) differ, as indices: (M,) each."""
+    better = (group[:, None] == group[None]) & (label[:, None] > label[None])
+    win, lose = better.nonzero(as_tuple=True)
+    return win, lose
+
+
+def pair_mean(x: Tensor, of: Tensor, group: Tensor) -> Tensor:
+    """Mean of the values x (M,) that belong to the sequences `of` (M,), for each group of `group` (N,): (P,), 0 of none.
+
+    The groups are in the order of their labels.
+    """
+    labels, index = torch.unique(group, return_inverse=True)
+    zeros = x.new_zeros(len(labels))
+    count = zeros.index_add(0, index[of], torch.ones_like(x))
+    return zeros.index_add(0, index[of], x) / count.clamp(min=1)
+
+
 def group_mean_std(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, standard deviation (n - 1) and number of the scored values of each sequence's group: (N,) each.
 

@@ -270,7 +270,7 @@ class Derive(Protocol):
 
 
 class Watch(Protocol):
-    """Named tensors -> (N,T): a diagnostic, averaged over trained tokens and logged; never trained on."""
+    """Named tensors -> (N,T), (N,K), (N,) or (P,): a diagnostic, averaged and logged; never trained on."""
 
     def __call__(self, *fields: Tensor) -> Tensor: ...
 

@@ -85,5 +85,7 @@ def _demonstrations(rule: list[int], length: int, noise: float, n: int, seed: tu
         chain = [int(firsts[group])]
         for t in range(length):
             chain.append(int(others[group, t] if stray[group, t] else rule[chain[-1]]))
-        made.append(replace(demonstration(_task(rule, length, chain[0]), group, [turn(_text(chain[1:]))]), status=Status.TRUNCATED))
+        made.append(
+            replace(demonstration(_task(rule, length, chain[0]), group, [turn(_text(chain[1:]))]), status=Status.TRUNCATED)
+        )
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv as csv_module
+import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -155,15 +156,20 @@ def hub_rows(path: str, split: str, subset: str | None = None) -> Rows:
         yield f"{path} [{split}] row {number}", row
 
 
-READERS: dict[str, Callable[[str], Rows]] = {".jsonl": jsonl_rows, ".parquet": parquet_rows, ".csv": csv_rows}
+READERS: dict[str, Callable[[str], Rows]] = {
+    ".jsonl": jsonl_rows,
+    ".jsonl.gz": jsonl_rows,
+    ".parquet": parquet_rows,
+    ".csv": csv_rows,
+}
 
 
 def rows_of(path: str) -> Callable[[str], Rows]:
     """Return the function that reads the rows of `path`, by its extension. Raises ConfigError: another extension."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in READERS:
-        raise ConfigError(f"{path}: expected a file that ends in {', '.join(READERS)}, got '{suffix}'")
-    return READERS[suffix]
+    found = next((suffix for suffix in READERS if Path(path).name.lower().endswith(suffix)), None)
+    if found is None:
+        raise ConfigError(f"{path}: expected a file that ends in {', '.join(READERS)}, got '{Path(path).suffix.lower()}'")
+    return READERS[found]
 
 
 def _existing(path: str) -> Path:
@@ -175,7 +181,10 @@ def _existing(path: str) -> Path:
 
 
 def _open(path: str, newline: str | None = None) -> TextIO:
-    return _existing(path).open(encoding="utf-8-sig", newline=newline)  # -sig: drops a byte-order mark
+    file = _existing(path)
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
+    return file.open(encoding="utf-8-sig", newline=newline)  # -sig: drops a byte-order mark
 
 
 def _decoded(file: TextIO, path: str) -> Iterator[str]:
@@ -183,6 +192,8 @@ def _decoded(file: TextIO, path: str) -> Iterator[str]:
         yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error}") from None
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _shared_prompt(row: Row, where: str) -> tuple[list[Message], list[Message], 
         if isinstance(row[name], str):
             raise DataError(
                 f"{where}, column '{name}': expected a list of messages, because there is no column 'prompt'; "
-                f"got {_shown(row[name])}"
+                f"got {shown(row[name])}"
             )
     chosen, rejected = (_messages(row[name], where, name) for name in ("chosen", "rejected"))
     splits = [
@@ -198,17 +198,17 @@ def _shared_prompt(row: Row, where: str) -> tuple[list[Message], list[Message], 
 def _messages(value: Any, where: str, column: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         expected = "a list of messages" if column == "messages" else "text or a list of messages"
-        raise DataError(f"{where}, column '{column}': expected {expected}, got {_shown(value)}")
+        raise DataError(f"{where}, column '{column}': expected {expected}, got {shown(value)}")
     return [_message(item, where, f"{column}.{i}") for i, item in enumerate(value)]
 
 
 def _message(item: Any, where: str, column: str) -> Message:
     if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
-        got = f"keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else _shown(item)
+        got = f"keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else shown(item)
         raise DataError(f"{where}, column '{column}': expected a message {{role, content}}, got {got}")
     role, content = item["role"], item["content"]
     if role not in ROLES:
-        raise DataError(f"{where}, column '{column}.role': expected one of {', '.join(ROLES)}, got {_shown(role)}")
+        raise DataError(f"{where}, column '{column}.role': expected one of {', '.join(ROLES)}, got {shown(role)}")
     if role in ("system", "tool") and content == "":  # an empty system prompt or tool result is meant
         return Message(role, content)
     return Message(role, _text(content, where, f"{column}.content"))
@@ -216,10 +216,11 @@ def _message(item: Any, where: str, column: str) -> Message:
 
 def _text(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}, column '{column}': expected text that is not empty, got {_shown(value)}")
+        raise DataError(f"{where}, column '{column}': expected text that is not empty, got {shown(value)}")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a cell in an error: shortened, with its type."""
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"

@@ -1,10 +1,10 @@
-"""Diagnostics: named tensors -> (N,T), 0 outside the mask; averaged over trained tokens, never trained on."""
+"""Diagnostics: named tensors -> (N,T), 0 outside the mask, (N,) or (P,); averaged and logged, never trained on."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rlx.tensors import inside, kl_estimate, log_ratio, ratio
+from rlx.tensors import inside, kl_estimate, log_ratio, pair_mean, pairs, ratio, seq_sum
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
@@ -30,3 +30,21 @@ def ref_kl(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 def entropy_value(entropy: Tensor, mask: Tensor) -> Tensor:
     """H, the entropy of the policy's distribution at each position: (N,T) nats."""
     return inside(entropy, mask)
+
+
+def pair_accuracy(score: Tensor, group: Tensor, label: Tensor) -> Tensor:
+    """Share of a group's pairs in which the better sequence has the higher score, a tie counting half: (P,)."""
+    win, lose = pairs(group, label)
+    return pair_mean(((score[win] - score[lose]).sign() + 1) / 2, win, group)
+
+
+def dpo_accuracy(logp: Tensor, ref_logp: Tensor, mask: Tensor, group: Tensor, label: Tensor) -> Tensor:
+    """`pair_accuracy` by DPO's implicit reward log pi/ref (Rafailov et al. 2023, arXiv 2305.18290): (P,)."""
+    return pair_accuracy(seq_sum(log_ratio(logp, ref_logp, mask), mask), group, label)
+
+
+def dpo_margin(logp: Tensor, ref_logp: Tensor, mask: Tensor, group: Tensor, label: Tensor) -> Tensor:
+    """Log pi/ref of the better sequence minus that of the worse, mean over a group's pairs: (P,) nats."""
+    implicit = seq_sum(log_ratio(logp, ref_logp, mask), mask)
+    win, lose = pairs(group, label)
+    return pair_mean(implicit[win] - implicit[lose], win, group)

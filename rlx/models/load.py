@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from rlx.models.language import LanguageModel
+from rlx.models.lora import Lora
 from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.models.vision import VisionLanguage
@@ -30,7 +31,7 @@ def tiny(
     ffn: int = 512,
     context: int = 1024,
     dtype: Dtype = "fp32",
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
@@ -64,7 +65,7 @@ def tiny_t5(
     heads: int = 4,
     ffn: int = 128,
     dtype: Dtype = "fp32",
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
@@ -95,7 +96,7 @@ def pretrained(
     path: str,
     dtype: Dtype = "fp32",
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -134,7 +135,7 @@ def read(
     settings: Mapping[str, Any],
     seed: int,
     *,
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     add_tokens: Sequence[str] = (),
     heads: Mapping[str, str] | None = None,
 ) -> LanguageModel:
@@ -182,7 +183,7 @@ def unread(
     layers: int | None = None,
     dtype: Dtype = "fp32",
     attention: str = "sdpa",
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -261,7 +262,7 @@ def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
 
 
 def finish(
-    module: Any, processor: Any, *, dtype: Dtype, lora: dict[str, Any] | None, device: str, seed: int, source: str
+    module: Any, processor: Any, *, dtype: Dtype, lora: Lora | None, device: str, seed: int, source: str
 ) -> LanguageModel:
     """Adapter (drawn from `seed`), device and padding token, the same for every way of making a model.
 

@@ -8,6 +8,7 @@ import torch
 
 from rlx.models.language import LanguageModel
 from rlx.models.load import Dtype, finish
+from rlx.models.lora import Lora
 from rlx.models.tokenizer import IMAGE, byte_tokenizer
 
 
@@ -24,7 +25,7 @@ def tiny_vlm(
     words: list[str] | None = None,
     context: int = 512,
     dtype: Dtype = "fp32",
-    lora: dict[str, Any] | None = None,
+    lora: Lora | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:

@@ -139,6 +139,7 @@ class Fit:
 def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, where: str) -> list[Episode]:
     """Rows with tokens; those with nothing to train on, or longer than `max_length`, are left out and counted.
 
+    The other rows of a group go with them: a pair is never cut.
     Raises DataError where no row is left: a data set whose mask is empty would train on a loss of 0.
     """
     if not any(row.turns for row in rows):
@@ -150,15 +151,18 @@ def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, w
             f"{where}: no token of its {len(rows)} rows is trained on: the chat template marks no assistant text "
             "(see `rlx data show`)"
         )
-    fits = [r for r in trained if not max_length or sum(len(t.seen) + len(t.did) for t in r.turns) <= max_length]
-    if not fits:
-        raise DataError(f"{where}: every row is longer than max_length={max_length} tokens")
-    if len(fits) < len(rows):
+    long = [r for r in trained if max_length and sum(len(t.seen) + len(t.did) for t in r.turns) > max_length]
+    bad = {row.group for row in made if not row.num_tokens} | {row.group for row in long}
+    whole = [row for row in made if row.group not in bad]
+    if not whole:
+        what = f"is longer than max_length={max_length} tokens" if len(long) == len(trained) else "has a part that does not fit"
+        raise DataError(f"{where}: every row {what}")
+    if len(whole) < len(rows):
         print(
-            f"{where}: {len(rows) - len(trained)} rows without a trained token and {len(trained) - len(fits)} longer "
-            f"than max_length are left out of {len(rows)}"
+            f"{where}: {len(rows) - len(trained)} rows without a trained token and {len(long)} longer than max_length; "
+            f"{len(rows) - len(whole)} of {len(rows)} are left out, whole groups"
         )
-    return fits
+    return whole
 
 
 def shuffled(rows: list[Episode], size: int, seed: tuple[int, ...], where: str) -> Iterator[list[Episode]]:

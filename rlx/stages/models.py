@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlx.build import hint, model_offers
+from rlx.models.lora import Lora
 from rlx.types import HEADS, Component, ConfigError, Model, ModelName, ModelRef, Policy
 
 # The reference policy's fields go by the name that the field knows them by.
@@ -37,7 +38,7 @@ class ModelSpec:
     from_: ModelRef | None = None
     model: Component[Model] | None = None
     heads: dict[str, str] = field(default_factory=dict)
-    lora: dict[str, Any] | None = None
+    lora: Lora | None = None
     add_tokens: list[str] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)
     ema: str = ""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx.filters import chain
 from rlx.learner import TorchLearner, Update
-from rlx.rollout.samplers import resampled
+from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
+from rlx.stages.fields import needed, reads
 from rlx.stages.models import ModelSpec, follow
 from rlx.stages.prepare import columns, credit, fill
 from rlx.types import (
@@ -21,15 +20,15 @@ from rlx.types import (
     Component,
     Derive,
     Episode,
-    Floats,
-    Keep,
     LossTerm,
     Optim,
     Policy,
     Reduce,
-    Sampling,
     Watch,
 )
+
+if TYPE_CHECKING:
+    from rlx.stages.online import Online
 
 
 @dataclass(kw_only=True)
@@ -57,6 +56,11 @@ class UpdateSpec:
     every: int = 1
     when: int = 1
 
+    @property
+    def reads(self) -> set[str]:
+        """Every field that it reads."""
+        return reads(self.loss, self.watch, self.advantage or [], self.derive or [])
+
     def due(self, step: int, size: int) -> bool:
         """Whether to train in this step, with `size` episodes there."""
         return step >= self.start and (step - self.start) % self.every == 0 and size >= self.when
@@ -64,67 +68,6 @@ class UpdateSpec:
     def total(self, steps: int) -> int:
         """The most optimiser steps that it takes in a stage of so many steps."""
         return len(range(self.start, steps + 1, self.every)) * self.steps * self.epochs * self.minibatches
-
-
-@dataclass(kw_only=True)
-class BufferSpec:
-    """Episodes that outlive their step: the last `capacity` that pass `keep`, of all that are played.
-
-    `as: demonstration` stores them as rows to imitate. With `resample`, a model of the stage draws a fresh last turn at each
-    turn of the `states` episodes that a step's draws come from, and both are in the batch (see the field `fresh`).
-    """
-
-    capacity: int = 1024
-    keep: list[Component[Keep]] = field(default_factory=list)
-    as_: Literal["episode", "demonstration"] = "episode"
-    order: Literal["uniform", "newest"] = "uniform"
-    resample: str = ""
-    states: int = 32
-
-
-class Buffer:
-    """The episodes of one BufferSpec."""
-
-    def __init__(self, spec: BufferSpec) -> None:
-        self.spec = spec
-        self.episodes: deque[Episode] = deque(maxlen=spec.capacity)
-        self._fresh: dict[int, list[Episode]] = {}
-        self._pool: list[Episode] = []
-
-    def add(self, seen: Sequence[Episode]) -> None:
-        """Take in what a step has played."""
-        chosen = chain([e for e in seen if e.num_tokens and not np.isnan(e.reward)], self.spec.keep)
-        self.episodes += [demonstration(e) for e in chosen] if self.spec.as_ == "demonstration" else chosen
-
-    def open(self, models: Mapping[str, Any], sampling: Sampling, seed: tuple[int, ...]) -> None:
-        """Begin a step: where `resample` is set, choose the episodes of its draws and draw fresh turns at their states."""
-        if not self.spec.resample or not self.episodes:
-            return
-        self._pool = self.some(self.spec.states, np.random.default_rng((*seed, 0)))
-        made = resampled(models[self.spec.resample], self._pool, sampling, (*seed, 1))
-        for episode in self._pool:
-            self._fresh[id(episode)], made = made[: len(episode.turns)], made[len(episode.turns) :]
-
-    def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:
-        """Some episodes, with their fresh ones."""
-        rng = np.random.default_rng(seed)
-        if not self.spec.resample:
-            return self.some(rows, rng)
-        chosen = rng.permutation(len(self._pool))[:rows].tolist()
-        return [x for i in chosen for x in (self._pool[i], *self._fresh[id(self._pool[i])])]
-
-    def some(self, rows: int, rng: np.random.Generator) -> list[Episode]:
-        """Episodes by chance, or the newest."""
-        size = min(rows, len(self.episodes))
-        if self.spec.order == "newest":
-            return list(self.episodes)[-size:]
-        return [self.episodes[i] for i in rng.choice(len(self.episodes), size, replace=False).tolist()]
-
-
-def demonstration(episode: Episode) -> Episode:
-    """An episode as a row to imitate."""
-    nothing: Floats = np.zeros(0, np.float32)
-    return replace(episode, label=1.0, turns=[replace(turn, logp=nothing) for turn in episode.turns])
 
 
 @dataclass
@@ -136,6 +79,34 @@ class Trained:
     learner: TorchLearner
     update: Update
     reads: set[str]
+
+
+def learners(stage: Online, loaded: Mapping[str, Any]) -> list[Trained]:
+    """An optimiser for each update. The first to train the policy on what was kept compares its log-probs."""
+    made: list[Trained] = []
+    for name, spec in stage.all_updates().items():
+        update = Update(
+            spec.loss,
+            spec.reduce or stage.reduce,
+            spec.watch,
+            epochs=spec.epochs,
+            minibatches=spec.minibatches,
+            token_budget=stage.token_budget,
+            temperature=stage.temperature,
+            sampled=spec.on == "kept" and spec.train == "policy" and all(t.spec.train != "policy" for t in made),
+            grad_variance=stage.grad_variance,
+        )
+        optim, total = spec.optim or stage.optim, spec.total(stage.steps)
+        learner = TorchLearner(loaded[spec.train], optim, lr=spec.lr or 0.0, total=total)
+        made.append(Trained(name, spec, learner, update, spec.reads))
+    return made
+
+
+def loaded_specs(stage: Online) -> dict[str, ModelSpec]:
+    """The models of a stage that have to be loaded."""
+    updates = stage.all_updates().values()
+    wanted = {name for update in updates for name in update.reads}
+    return needed(stage.specs(), wanted, [u.train for u in updates], [*stage.reward, *stage.keep, stage.sampler])
 
 
 def train(
@@ -157,10 +128,10 @@ def train(
     metrics: dict[str, float] = {}
     whole: dict[str, Batch] = {}
 
-    def batch_of(u: Trained, episodes: list[Episode], reads: set[str]) -> Batch:
+    def batch_of(u: Trained, episodes: list[Episode], wanted: set[str]) -> Batch:
         batch = models[u.spec.train].collate(episodes)
         columns(batch, names, episodes)
-        fill(batch, reads, models, owners, u.update.token_budget, u.update.temperature)
+        fill(batch, wanted, models, owners, u.update.token_budget, u.update.temperature)
         credit(batch, u.spec.derive or [], u.spec.advantage or [])
         return batch
 

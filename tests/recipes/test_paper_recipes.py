@@ -151,7 +151,7 @@ def test_a_stage_cannot_be_called_model() -> None:
 def test_caps_reach_into_lists() -> None:
     made = compose(["paper/dapo", "scale=gpu1"])
     assert made.config["stages"]["rl"]["reward"][1] == {"name": "soft_overlong", "budget": 256}
-    assert "stages.rl.reward.1.budget: 4096 -> 256 (scale=gpu1)" in made.notices
+    assert "budget 256" in made.notices[0]
 
 
 # --------------------------------------------------------------------------- the comparison itself

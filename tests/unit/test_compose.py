@@ -84,7 +84,7 @@ def test_caps_hold_every_stage_and_say_so():
         "caps": {"steps": 2, "unset": {"evaluate": {"limit": 4}}},
         "stages": {"a": {"steps": 9, "eval": {"every": 1}}, "b": {"steps": 1, "kind": "evaluate"}},
     }
-    assert apply_caps(config) == ["stages.a.steps: 9 -> 2 (scale=smoke)"]
+    assert apply_caps(config) == ["scale=smoke holds the stages to at most steps 2"]
     assert config["stages"] == {
         "a": {"steps": 2, "eval": {"every": 1, "limit": 4}},
         "b": {"steps": 1, "kind": "evaluate", "limit": 4},

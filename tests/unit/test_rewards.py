@@ -4,13 +4,15 @@ import importlib
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlx.rewards import latex, rules
+from rlx.rewards.env import env
 from rlx.rewards.score import score
-from rlx.types import Component, ConfigError, DataError, Episode, Message, Task, Turn
+from rlx.types import Component, ConfigError, DataError, Episode, Message, Status, Task, Turn
 
 
 def episode(completion: str = "", *, answer: object = "5", num_tokens: int = 0, **info: object) -> Episode:
@@ -151,3 +153,50 @@ def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():
     assert str(caught.value) == (
         f"stages.rl.reward: reward 'none' raised TypeError: 'NoneType' object is not iterable (on the prompt '{'1+' * 30}...')"
     )
+
+
+# --------------------------------------------------------------------------- pay by turn
+def three_turns(*paid: float) -> Episode:
+    turns = [Turn(np.array([1]), np.array([2, 3]), np.zeros(2, np.float32), reward=x) for x in paid]
+    return Episode(Task(()), 0, turns, Status.FINISHED)
+
+
+def test_a_reward_may_pay_each_turn() -> None:
+    episode = three_turns(1.0, 0.0, -2.0)
+    by_env = Component("env", env, weight=0.5)
+    total = Component("total", lambda episodes: [3.0 for _ in episodes], weight=2.0)
+    score([episode], [by_env, total], "x")
+    assert episode.rewards == {"env": -1.0, "total": 3.0}
+    assert episode.paid == [0.5, 0.0, 5.0]
+    assert episode.reward == sum(episode.paid) == 5.5
+
+
+def test_the_pay_of_a_turn_may_be_one_number_for_each_step() -> None:
+    episode = three_turns(9.0)
+    episode.turns[0].token["reward"] = np.array([1.0, 2.0], np.float32)
+    score([episode], [Component("env", env, weight=2.0)], "x")
+    assert (episode.reward, episode.rewards["env"]) == (6.0, 3.0)
+    assert np.asarray(episode.paid[0]).tolist() == [2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([[1.0, 2.0]], "x: reward 'mine' gave 2 numbers for an episode of 3 turns"),
+        (
+            [[1.0, float("inf"), 0.0]],
+            "x: reward 'mine' gave inf; a finite number, or nan for 'could not be scored', is expected",
+        ),
+        ([1.0, 2.0], "x: reward 'mine' gave 2 numbers for 1 episodes; one each is expected"),
+    ],
+)
+def test_pay_that_does_not_fit(said: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        score([three_turns(0.0, 0.0, 0.0)], [Component("mine", lambda episodes: said)], "x")
+    assert str(error.value) == message
+
+
+def test_a_turn_that_cannot_be_scored_leaves_the_episode_out() -> None:
+    episode = three_turns(0.0, float("nan"))
+    score([episode], [Component("env", env)], "x")
+    assert np.isnan(episode.reward)

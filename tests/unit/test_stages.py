@@ -25,6 +25,7 @@ from rlx.models.load import tiny
 from rlx.rewards.rules import answer_match
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
+from rlx.stages.draw import draw
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.evaluation import Eval, evaluate
 from rlx.stages.fit import Fit, shuffled, tokenized
@@ -235,7 +236,7 @@ def test_keep_and_refill_train_on_whole_groups_of_new_prompts(tmp_path: Path) ->
     stage = online(half, keep=[MIXED], refill=3)
     ctx = context(tmp_path, "rl")
     policy = ctx.policy(None)
-    kept, seen = stage.draw({"policy": policy}, shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": policy}, shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), {}, ctx, 1)
     groups = [e.group for e in kept]
     assert sorted(groups) == sorted([1, 3, 5, 7] * 4)  # all that there are, none twice
     assert len(seen) == 32
@@ -250,7 +251,7 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
 
     ctx = context(tmp_path, "rl")
     stage = online(few, keep=[MIXED], refill=9, prompts_per_step=5)
-    kept, _ = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, _ = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), {}, ctx, 1)
     assert sorted(e.group for e in kept) == sorted([0, 1, 2, 3, 4] * 4)
     without: set[int] = set()
 
@@ -259,10 +260,10 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
         return [0.0] * len(episodes) if episodes[0].group in without else by_sample(episodes)
 
     stage = online(all_but_the_first, keep=[MIXED], refill=1, prompts_per_step=3)  # two groups are kept, then three more
-    kept, seen = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert (len(kept), len(seen), len({e.group for e in kept})) == (12, 24, 3)
     stage = online(by_sample, keep=[MIXED], refill=9, prompts_per_step=3)
-    kept, seen = stage.draw({"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert len(kept) == len(seen) == 12
 
 
@@ -273,7 +274,7 @@ def test_each_step_and_each_refill_draws_anew(tmp_path: Path) -> None:
 
     def said(step: int) -> list[str]:
         prompts = iter([QUESTIONS[:4]] * 2)
-        return [e.completion for e in stage.draw({"policy": policy}, prompts, {}, ctx, step)[1]]
+        return [e.completion for e in draw(stage, {"policy": policy}, prompts, {}, ctx, step)[1]]
 
     one, two = said(1), said(2)
     assert one == said(1)

@@ -22,6 +22,7 @@ from rlx.app import claim_if_any
 from rlx.build import GROUP_OF, signature
 from rlx.catalogue import CATALOGUE
 from rlx.check import components
+from rlx.cli import by_path
 from rlx.compose import as_written, compose, recipes
 from rlx.paths import CONF, PACKAGE, RECIPES
 from rlx.plan import plan
@@ -231,7 +232,7 @@ def test_the_commands_and_files_of_the_readme_are_right(tmp_path: Path, monkeypa
             continue
         trust = [words.pop(i + 1) for i, word in enumerate(words) if word == "--trust"]
         extra = [Path(words.pop(i + 1)) for i, word in enumerate(words) if word == "--recipes"]
-        composed = compose([word for word in words if not word.startswith("--")], *extra)
+        composed = compose(*by_path([word for word in words if not word.startswith("--")], next(iter(extra), None)))
         plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given)
         bound += 1
     assert bound >= 10

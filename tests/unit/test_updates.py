@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from architectures import episode
-from test_stages import GROUP_MEAN, NLL, PG, by_sample, context, online, record
+from test_stages import DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
 
 from rlx.build import Binder
 from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
-from rlx.rollout.samplers import resampled
-from rlx.stages.models import ModelSpec, target_of, weights
+from rlx.rollout.samplers import plain, resampled
+from rlx.stages.buffers import Buffer, BufferSpec
+from rlx.stages.models import ModelSpec, Refresh, target_of, weights
 from rlx.stages.online import Online
-from rlx.stages.updates import Buffer, BufferSpec, UpdateSpec
+from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
-from rlx.types import Component, ConfigError, Episode, ModelRef, Sampling
+from rlx.types import Component, ConfigError, Episode, ModelRef, Play, Policy, Sampling
 
 CRITIC = ModelSpec(heads={"value": "token"})
 
@@ -250,3 +252,76 @@ def test_group_mean_is_read_from_the_stage(tmp_path: Path) -> None:
     online(by_sample).run(context(tmp_path / "b", "rl"))
     one, plain = record(tmp_path / "a", "rl"), record(tmp_path / "b", "rl")
     assert [row["one/loss"] for row in one] == [row["loss"] for row in plain]
+
+
+# --------------------------------------------------------------------------- models that components use
+def test_a_frozen_model_is_renewed_in_its_turn(tmp_path: Path) -> None:
+    stage = online(by_sample, steps=3, lr=0.1, models={"old": ModelSpec(refresh=Refresh(every=2))})
+    ctx = context(tmp_path, "rl")
+    kept: dict[str, Any] = {}
+    load = ctx.models
+    ctx.models = lambda specs: kept.setdefault("m", load(specs))  # type: ignore[method-assign]
+    seen: list[bool] = []
+
+    def same(episodes: list[Episode]) -> list[float]:
+        a, b = kept["m"]["policy"], kept["m"]["old"]
+        seen.append(all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True)))
+        return by_sample(episodes)
+
+    stage.reward = [Component("same", same)]
+    stage.run(ctx)
+    assert [seen[0], seen[4], seen[8]] == [True, False, True]  # four groups a step; renewed after the second
+
+
+def by_model(episodes: list[Episode], *, judge: Policy) -> list[float]:
+    """The judge's log-prob of each completion."""
+    batch = judge.collate(episodes)
+    return (judge.forward(batch, {"logp"})["logp"] * batch["mask"]).sum(1).tolist()
+
+
+def test_a_reward_gets_the_model_that_it_names(tmp_path: Path) -> None:
+    binder = Binder(provided={("reward", "by_model"): by_model})
+    reward = binder.component("reward", {"name": "by_model", "judge": "rm"}, "reward")
+    assert binder.errors == []
+    assert reward.settings == {"judge": "rm"}
+    stage = online(by_sample, models={"rm": ModelSpec()}, steps=1)
+    stage.reward = [reward]
+    assert stage.problems() == []
+    stage.run(context(tmp_path, "rl"))
+    assert record(tmp_path, "rl")[0]["reward"] < -1.0
+    stage.models = {"mr": ModelSpec()}
+    assert stage.problems() == ["reward: 'by_model' has judge='rm'; the stage has no such model (known: policy, mr)"]
+
+
+def test_a_sampler_may_score_and_see_the_pools(tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+
+    def best_of_two(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+        played = plain(play, rows, 2 * n)
+        play.score(played)
+        told.append((len(play.pools["seen"]), sum(e.reward for e in played)))
+        return sorted(played, key=lambda e: (e.group, -e.reward))[: len(rows) * n]
+
+    stage = online(by_sample, steps=2, sampler=Component("best_of_two", best_of_two), buffers={"seen": BufferSpec()})
+    stage.run(context(tmp_path, "rl"))
+    assert [size for size, _ in told] == [0, 16]
+    assert told[0][1] == 4.0
+
+
+def test_a_column_of_the_data_is_a_field(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+
+    def weighted(logp: Any, margin: Any, mask: Any) -> Any:
+        seen.append(margin.tolist())
+        return -inside(logp, mask) * margin[:, None]
+
+    rows = [replace(row, task=replace(row.task, meta={"margin": row.group / 2})) for row in DEMOS]
+    ctx = context(tmp_path, "sft")
+    ctx.rows["demos"] = rows
+    stage = fit(
+        loss=[Component("weighted", weighted, ("logp", "margin", "mask"))], columns=["margin"], steps=1, rows_per_step=8
+    )
+    assert stage.problems() == []
+    assert fit(loss=stage.loss).problems()[0].startswith("loss: 'weighted' reads 'margin', which this stage does not make")
+    stage.run(ctx)
+    assert sorted(seen[0]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]

@@ -1,0 +1,75 @@
+"""Episodes that outlive the step in which they were played."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from rlx.filters import chain
+from rlx.rollout.samplers import resampled
+from rlx.types import Component, Episode, Floats, Keep, Sampling
+
+
+@dataclass(kw_only=True)
+class BufferSpec:
+    """Episodes that outlive their step: the last `capacity` that pass `keep`, of all that are played.
+
+    `as: demonstration` stores them as rows to imitate. With `resample`, a model of the stage draws a fresh last turn at each
+    turn of the `states` episodes that a step's draws come from, and both are in the batch (see the field `fresh`).
+    """
+
+    capacity: int = 1024
+    keep: list[Component[Keep]] = field(default_factory=list)
+    as_: Literal["episode", "demonstration"] = "episode"
+    order: Literal["uniform", "newest"] = "uniform"
+    resample: str = ""
+    states: int = 32
+
+
+class Buffer:
+    """The episodes of one BufferSpec."""
+
+    def __init__(self, spec: BufferSpec) -> None:
+        self.spec = spec
+        self.episodes: deque[Episode] = deque(maxlen=spec.capacity)
+        self._fresh: dict[int, list[Episode]] = {}
+        self._pool: list[Episode] = []
+
+    def add(self, seen: Sequence[Episode]) -> None:
+        """Take in what a step has played."""
+        chosen = chain([e for e in seen if e.num_tokens and not np.isnan(e.reward)], self.spec.keep)
+        self.episodes += [demonstration(e) for e in chosen] if self.spec.as_ == "demonstration" else chosen
+
+    def open(self, models: Mapping[str, Any], sampling: Sampling, seed: tuple[int, ...]) -> None:
+        """Begin a step: where `resample` is set, choose the episodes of its draws and draw fresh turns at their states."""
+        if not self.spec.resample or not self.episodes:
+            return
+        self._pool = self.some(self.spec.states, np.random.default_rng((*seed, 0)))
+        made = resampled(models[self.spec.resample], self._pool, sampling, (*seed, 1))
+        for episode in self._pool:
+            self._fresh[id(episode)], made = made[: len(episode.turns)], made[len(episode.turns) :]
+
+    def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:
+        """Some episodes, with their fresh ones."""
+        rng = np.random.default_rng(seed)
+        if not self.spec.resample:
+            return self.some(rows, rng)
+        chosen = rng.permutation(len(self._pool))[:rows].tolist()
+        return [x for i in chosen for x in (self._pool[i], *self._fresh[id(self._pool[i])])]
+
+    def some(self, rows: int, rng: np.random.Generator) -> list[Episode]:
+        """Episodes by chance, or the newest."""
+        size = min(rows, len(self.episodes))
+        if self.spec.order == "newest":
+            return list(self.episodes)[-size:]
+        return [self.episodes[i] for i in rng.choice(len(self.episodes), size, replace=False).tolist()]
+
+
+def demonstration(episode: Episode) -> Episode:
+    """An episode as a row to imitate."""
+    nothing: Floats = np.zeros(0, np.float32)
+    return replace(episode, label=1.0, turns=[replace(turn, logp=nothing) for turn in episode.turns])
