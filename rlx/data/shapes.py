@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +111,8 @@ def shapes(
     Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the first
     `demos` of train, answered in the five sections) and `captions` (the scenes of train with a right description alone). In
     a demonstration's description each thing is left out or said to have another colour or shape with probability
-    `error_rate`, one as often as the other; its reasoning is right about what the description says. meta: `keywords` (the names of the things there are),
-    `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
+    `error_rate`, one as often as the other; its reasoning is right about what the description says. meta: `keywords` (the
+    names of the things there are), `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
     Everything is a function of the settings; `data_seed` draws it all.
 
     Raises ConfigError: a setting out of range.
@@ -121,16 +122,22 @@ def shapes(
     if not 1 <= most <= SIDE * SIDE:
         raise ConfigError(f"most: expected 1 to {SIDE * SIDE} shapes, got {most}")
     if not (2 <= colours <= len(COLOURS) and 2 <= kinds <= len(SHAPES)):
-        raise ConfigError(f"expected 2 to {len(COLOURS)} colours and 2 to {len(SHAPES)} kinds of shapes, got {colours} and {kinds}")
+        raise ConfigError(
+            f"expected 2 to {len(COLOURS)} colours and 2 to {len(SHAPES)} kinds of shapes, got {colours} and {kinds}"
+        )
     if min(train, demos or 1) < 1 or min(dev, test) < 0 or train + dev + test > SCENES:
-        raise ConfigError(f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}")
+        raise ConfigError(
+            f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}"
+        )
     palette = Palette(tuple(COLOURS)[:colours], SHAPES[:kinds])
     draw = partial(rows, palette=palette, most=most, data_seed=data_seed)
     held_out = SCENES - dev - test
     return TaskSource(
         {
             "captions": lambda: [captioned(row) for row in draw(0, train, noise)],
-            "demos": lambda: [demonstrated(row, palette, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)],
+            "demos": lambda: [
+                demonstrated(row, palette, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)
+            ],
             "train": lambda: [row.episode() for row in draw(0, train, noise)],
             "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
             "test": lambda: [row.episode() for row in draw(held_out + dev, test, noise)],
@@ -200,7 +207,7 @@ def render(scene: Sequence[Thing], rng: np.random.Generator, noise: float) -> ND
     return image.clip(0, 255).astype(np.uint8)
 
 
-def mask(shape: str) -> NDArray[np.bool_]:
+def mask(shape: str) -> NDArray[Any]:
     """Which pixels of a cell a shape in its middle covers: (8,8), within the inner 6x6."""
     y, x = np.mgrid[0:CELL, 0:CELL] - (CELL - 1) / 2
     inner = np.maximum(abs(x), abs(y)) < 3

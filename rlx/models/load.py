@@ -235,7 +235,7 @@ def place(path: str) -> str:
 
 
 def read_processor(path: str, config: Any, *, trust_remote_code: bool) -> Any:
-    """What reads a model's input: its tokenizer, or where it sees the processor that holds the tokenizer. Raises ConfigError."""
+    """What reads a model's input: its tokenizer, or where it sees the processor that holds one. Raises ConfigError."""
     from transformers import AutoProcessor
 
     if not sees(config):

@@ -1,4 +1,4 @@
-"""Rewards for a description that fits its image: the cosine of an image's and a text's embedding (PeBR-R1, arXiv 2509.13031)."""
+"""Rewards for a description that fits its image: the cosine of two embeddings (PeBR-R1, arXiv 2509.13031)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rlx.types import ConfigError, DataError, Episode
 
 
 def section(text: str, begin: str, end: str | None) -> str:
-    """What stands between the first `begin` and the next `end` (or the end of the text), stripped; "" where either is missing."""
+    """What stands between `begin` and the next `end` (None: the end of the text), stripped; "" where either is missing."""
     _, found, rest = text.partition(begin)
     inside, closed, _ = rest.partition(end) if end is not None else (rest, True, "")
     return inside.strip() if found and closed else ""

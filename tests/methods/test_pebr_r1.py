@@ -62,10 +62,10 @@ def test_the_cards_perception_reward() -> None:
 
 
 def test_the_stand_ins_perception_reward(stages: Any) -> None:
-    """Two of three names: cosine 2 / sqrt(2 3), recall 2/3; 56 tokens are twice the limit."""
+    """Two of three names: cosine 2 / sqrt(2 3), recall 2/3; 46 tokens are twice the limit."""
     text = f"{HEADINGS[0]} red circle red cross {HEADINGS[1]} {HEADINGS[3]} {HEADINGS[4]}"
     expected = 0.4 * 2 / 6**0.5 + 0.4 * 2 / 3 + 0.1 + 0.05
-    assert paid(stages["perceive"].reward, said(text, 56)) == pytest.approx([expected])
+    assert paid(stages["perceive"].reward, said(text, 46)) == pytest.approx([expected])
     gold = trace(Question("colour", ("red",)), SCENE)
     assert paid(stages["perceive"].reward, said(gold, 20)) == pytest.approx([1.0])
 
@@ -77,9 +77,7 @@ def test_the_reasoning_reward_has_four_values(stages: Any) -> None:
 
 
 def test_the_split_is_a_partition_by_the_number_of_right_answers(stages: Any) -> None:
-    episodes = [
-        Episode(Task(()), group, reward=float(i < right)) for group, right in enumerate(range(9)) for i in range(8)
-    ]
+    episodes = [Episode(Task(()), group, reward=float(i < right)) for group, right in enumerate(range(9)) for i in range(8)]
     found = {name: {e.group for e in chain(episodes, keep)} for name, keep in stages["sort"].into.items()}
     assert found == {"hard": {0}, "medium": set(range(1, 8)), "easy": {8}}
     assert stages["sort"].samples == 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
-        text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": 1, "pad_token_id": 0},
+        text_config={
+            **sizes,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 12,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
         vision_config={**sizes, "image_size": 16, "patch_size": 8},
         projection_dim=8,
     )

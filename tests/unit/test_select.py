@@ -25,7 +25,12 @@ def test_pass_rate_by_hand() -> None:
     episodes = [*group(0, 1, 1), *group(1, 0, 1), *group(2, 0, 0), *group(3, nan, 1), *group(4, nan, nan)]
     kept = {
         name: sorted({e.group for e in pass_rate(episodes, **bounds)})
-        for name, bounds in {"easy": {"low": 1.0}, "medium": {"low": 0.01, "high": 0.99}, "hard": {"high": 0.0}, "all": {}}.items()
+        for name, bounds in {
+            "easy": {"low": 1.0},
+            "medium": {"low": 0.01, "high": 0.99},
+            "hard": {"high": 0.0},
+            "all": {},
+        }.items()
     }
     assert kept == {"easy": [0, 3], "medium": [1], "hard": [2], "all": [0, 1, 2, 3]}
     assert len(pass_rate(episodes, low=1.0)) == 4

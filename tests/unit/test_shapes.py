@@ -38,7 +38,9 @@ def test_a_trace_by_hand() -> None:
         "### Step 1: red circle red cross\n"
         "### The final answer is: 2"
     )
-    assert trace(Question("position", ("blue square",)), SCENE).endswith("Step 1: red circle\n### The final answer is: red circle")
+    assert trace(Question("position", ("blue square",)), SCENE).endswith(
+        "Step 1: red circle\n### The final answer is: red circle"
+    )
     assert "### Step 1: nothing\n" in trace(Question("shape", ("triangle",)), SCENE)
 
 

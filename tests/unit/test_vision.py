@@ -57,7 +57,14 @@ def paddle() -> VisionLanguage:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = transformers.PaddleOCRVLConfig(
-        text_config={**sizes, **ends, "vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 16, "rope_parameters": rope},
+        text_config={
+            **sizes,
+            **ends,
+            "vocab_size": len(tokenizer),
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "rope_parameters": rope,
+        },
         vision_config={**sizes, "image_size": 32, "patch_size": 4, "spatial_merge_size": 2},
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),

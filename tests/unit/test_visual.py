@@ -58,7 +58,10 @@ def test_pictures_as_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ("row", "message"),
     [
         ({"question": "?", "answer": "1"}, "line 1: no column 'image'; found question, answer"),
-        ({"question": "?", "answer": "1", "image": "b.png"}, "column 'image': expected an image or the path of one, got 'b.png'"),
+        (
+            {"question": "?", "answer": "1", "image": "b.png"},
+            "column 'image': expected an image or the path of one, got 'b.png'",
+        ),
         ({"question": "?", "answer": "1", "image": None}, "expected an image or the path of one, got None"),
     ],
 )
