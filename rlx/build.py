@@ -183,11 +183,12 @@ class Binder:
             if isinstance(value, str) and value.startswith("@task/"):
                 return t.DataRef(split=value.removeprefix("@task/"))
             if isinstance(value, str) and value.startswith("@"):
-                if re.search("[/:]", value):
+                if not re.fullmatch("@[^/:]+(/[^/:]+)?", value):
                     self.errors.append(
                         f"{path}: expected @task/SPLIT or a data set such as {{name: jsonl, path: FILE}}, got {value!r}"
                     )
-                return t.DataRef(stage=value[1:])
+                stage, _, split = value[1:].partition("/")
+                return t.DataRef(stage=stage, split=split)
             return t.DataRef(source=self.component("data", value, path))
         if dataclasses.is_dataclass(hint_):
             if not isinstance(value, Mapping):

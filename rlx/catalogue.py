@@ -7,6 +7,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "fit": "rlx.stages.fit:Fit",
         "online": "rlx.stages.online:Online",
         "evaluate": "rlx.stages.evaluate:Evaluate",
+        "select": "rlx.stages.select:Select",
     },
     "loss": {
         "nll": "rlx.losses.likelihood:nll",
@@ -56,6 +57,11 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "soft_overlong": "rlx.rewards.rules:soft_overlong",
         "length": "rlx.rewards.rules:length",
         "constant": "rlx.rewards.rules:constant",
+        "sections": "rlx.rewards.sections:sections",
+        "keyword_recall": "rlx.rewards.sections:keyword_recall",
+        "length_limit": "rlx.rewards.sections:length_limit",
+        "clip_similarity": "rlx.rewards.alignment:clip_similarity",
+        "annotation_similarity": "rlx.rewards.alignment:annotation_similarity",
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
@@ -64,6 +70,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
         "correct": "rlx.filters:correct",
+        "pass_rate": "rlx.filters:pass_rate",
         "untruncated": "rlx.filters:untruncated",
         "roles": "rlx.filters:roles",
         "for_pool": "rlx.methods.multi_agent_evolve:for_pool",
@@ -87,6 +94,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
         "clock_doubles": "rlx.data.clock_doubles:clock_doubles",
+        "shapes": "rlx.data.shapes:shapes",
+        "visual": "rlx.data.visual:visual",
         "gsm8k": "rlx.data.gsm8k:gsm8k",
         "math": "rlx.data.mathematics:math",
         "gsm8k_math": "rlx.data.mathematics:gsm8k_math",
@@ -106,6 +115,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "model": {
         "tiny": "rlx.models.load:tiny",
+        "tiny_vlm": "rlx.models.tiny_vlm:tiny_vlm",
         "tiny_t5": "rlx.models.load:tiny_t5",
         "pretrained": "rlx.models.load:pretrained",
     },

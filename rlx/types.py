@@ -489,7 +489,10 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class DataRef:
-    """Where rows come from: a split of the task (`@task/train`), a stage that writes rows (`@pairs`), or a data set."""
+    """Where rows come from: a split of the task (`@task/train`), a stage that writes rows (`@pairs`), or a data set.
+
+    `@sorted/medium` is what stage `sorted` selected under that name.
+    """
 
     split: str = ""
     source: Component[Data] | None = None

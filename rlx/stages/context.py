@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, target_of
+from rlx.stages.models import ModelSpec, freeze, target_of
 from rlx.track import Log
 from rlx.types import (
     Component,
@@ -69,6 +70,7 @@ class Sources:
             model = spec.model or self.model
             policy = model.call() if "seed" in model.settings else model.call(seed=self.seed)
             policy = policy if not spec.heads else policy.with_heads(spec.heads, seed)
+        freeze(policy, spec.freeze, f"stages.{self.name}")
         if hasattr(policy, "engine"):
             policy.engine = generate
         return policy
@@ -90,10 +92,14 @@ class Sources:
         """The rows that a reference means, read once."""
         from rlx.data.files import jsonl
 
-        name = ref.split or ref.stage or repr(ref.source)
+        name = f"{ref.stage}/{ref.split}" if ref.source is None else repr(ref.source)
         if name not in self.rows:
             if ref.source is not None:
                 self.rows[name] = ref.source.call()
+            elif ref.stage and ref.split:
+                found = json.loads((self.run_dir / ref.stage / "out" / f"{ref.split}.json").read_text(encoding="utf-8"))
+                chosen = set(found["groups"])
+                self.rows[name] = [row for row in self.data(DataRef(split=found["split"])) if row.group in chosen]
             elif ref.stage:
                 self.rows[name] = jsonl(path=str(self.run_dir / ref.stage / "out" / "rows.jsonl"))
             elif self.task is not None:

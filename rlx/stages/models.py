@@ -12,7 +12,7 @@ import torch
 
 from rlx.build import hint, model_offers
 from rlx.models.lora import Lora
-from rlx.types import HEADS, Component, Model, ModelName, ModelRef, Policy
+from rlx.types import HEADS, Component, ConfigError, Model, ModelName, ModelRef, Policy
 
 # The reference policy's fields go by the name that the field knows them by.
 PREFIX = {"reference": "ref"}
@@ -32,6 +32,7 @@ class ModelSpec:
 
     `heads` maps names to what they read (HEADS in rlx/types.py). An ema target is p <- decay p + (1 - decay) q after each
     update of the model that it follows. `mix` maps models to their weights in a geometric mixture, token by token.
+    `freeze` names parts that are not trained, such as `vision_tower`: words of the weights' dotted names.
     """
 
     from_: ModelRef | None = None
@@ -39,6 +40,7 @@ class ModelSpec:
     heads: dict[str, str] = field(default_factory=dict)
     lora: Lora | None = None
     add_tokens: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
     ema: str = ""
     mix: dict[str, float] = field(default_factory=dict)
     decay: float = 0.995
@@ -132,6 +134,17 @@ def weights(policy: Policy) -> list[torch.Tensor]:
     """Every weight of a model, heads included, trained or not."""
     modules = [policy.module, getattr(policy, "heads", None)]
     return [p for module in modules if module is not None for p in module.parameters()]
+
+
+def freeze(policy: Policy, parts: Iterable[str], where: str) -> None:
+    """Train all but some parts of a model. Raises ConfigError where it has no such part."""
+    for part in parts:
+        found = [p for name, p in policy.module.named_parameters() if f".{part}." in f".{name}."]
+        if not found:
+            known = dict.fromkeys(word for name, _ in policy.module.named_parameters() for word in name.split(".")[:-1])
+            raise ConfigError(f"{where}: freeze: the model has no part {part!r}{hint(part, known)}")
+        for weight in found:
+            weight.requires_grad_(False)
 
 
 def target_of(policy: Any) -> Any:
