@@ -29,9 +29,10 @@ REACH = re.compile(r"reach@(-?\d+(?:\.\d+)?)")
 class Check:
     """`metric` of `arm` minus `times` that of `minus`, paired by seed, held against `min` or `max`.
 
-    `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, or tail
-    minus head (growth), or the step at which it first is as good as a level (reach@0.8). `minus_metric` and `minus_at` default to `metric` and `at`. Without `minus` the value itself is held
-    against the bound. "At most half of the control's" is `times: 0.5, max: 0`.
+    `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, tail minus
+    head (growth), or the step at which it first is as good as a level (reach@0.8). `minus_metric` and `minus_at` default to
+    `metric` and `at`. Without `minus` the value itself is held against the bound. "At most half of the control's" is
+    `times: 0.5, max: 0`.
     """
 
     metric: str
