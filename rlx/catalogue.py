@@ -58,6 +58,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
+        "subgoal_bonus": "rlx.methods.words_as_beacons:subgoal_bonus",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
@@ -77,6 +78,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "vector": "rlx.rollout.vector:vector",
         "guided": "rlx.methods.rlgf:guided",
     },
     "task": {
@@ -90,6 +92,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "synth_pref": "rlx.data.synth_pref:synth_pref",
         "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
+        "gym": "rlx.data.gym:gym",
+        "beacongrid": "rlx.methods.words_as_beacons:beacongrid",
+        "minigrid": "rlx.methods.words_as_beacons:minigrid",
     },
     "data": {
         "jsonl": "rlx.data.files:jsonl",
@@ -102,6 +107,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "tiny": "rlx.models.load:tiny",
         "tiny_t5": "rlx.models.load:tiny_t5",
         "pretrained": "rlx.models.load:pretrained",
+        "mlp": "rlx.models.nets:mlp",
+        "grid_net": "rlx.models.nets:grid_net",
     },
     "optim": {
         "adamw": "rlx.optim:adamw",
