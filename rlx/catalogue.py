@@ -113,5 +113,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "optim": {
         "adamw": "rlx.optim:adamw",
     },
-    "llm": {},
+    "llm": {
+        "rules": "rlx.llm.rules:rules",
+        "local": "rlx.llm.local:local",
+        "openai": "rlx.llm.openai:openai",
+    },
 }

@@ -41,6 +41,7 @@ models
 data envs rewards
 metrics
 rollout
+llm
 methods
 optim
 learner
