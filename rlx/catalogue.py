@@ -117,5 +117,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "rules": "rlx.llm.rules:rules",
         "local": "rlx.llm.local:local",
         "openai": "rlx.llm.openai:openai",
+        "grid_rules": "rlx.envs.teachers:grid_rules",
     },
 }

@@ -28,11 +28,11 @@ from rlx.envs.beacon_grid import (
     Level,
 )
 from rlx.envs.subgoals import CODES, WIDTHS, Guided, Show, shown
-from rlx.envs.teachers import describe, llm_teacher, noisy_teacher, parse, quality, scripted
+from rlx.envs.teachers import describe, grid_rules, llm_teacher, noisy_teacher, parse, quality
 from rlx.methods.words_as_beacons import Guide, beacongrid, bonuses, subgoal_bonus
 from rlx.plan import plan
 from rlx.run import read_json, run
-from rlx.types import Component, ConfigError, Episode, Message, Task, Turn
+from rlx.types import Component, ConfigError, Episode, Task, Turn
 
 NONE = np.zeros(0, np.int64)
 
@@ -201,12 +201,9 @@ def test_the_ring_is_drawn_on_all_sides() -> None:
 
 
 @pytest.mark.parametrize("rooms", [2, 3])
-def test_the_scripted_model_reads_a_level_from_its_text_and_lists_the_oracles_subgoals(rooms: int) -> None:
-    def backend(conversations: Sequence[Sequence[Message]], **_: Any) -> list[list[str]]:
-        return [[scripted(talk)] for talk in conversations]
-
+def test_a_backend_reads_a_level_from_its_text_and_lists_the_oracles_subgoals(rooms: int) -> None:
     levels = some_levels(rooms)
-    answers = llm_teacher(levels, llm=Component("rules", backend))  # type: ignore[arg-type]
+    answers = llm_teacher(levels, llm=Component("grid_rules", grid_rules))
     assert quality(answers, [x.oracle for x in levels]) == (1.0, 0.0, 0.0)
 
 
@@ -247,6 +244,24 @@ def test_nobody_teaches_in_test_alone_on_the_levels_of_test() -> None:
     assert (taught[:, 75:] != -1).any(1).all()
 
 
+@pytest.mark.parametrize(
+    ("llm", "number"),
+    [({"name": "grid_rules"}, 2), ({"name": "rules", "answers": {r"door at (\(\d+, \d+\))": r"First to \1."}}, 1)],
+)
+def test_a_recipe_can_ask_a_language_model_instead(llm: dict[str, Any], number: int) -> None:
+    config = compose(["words_as_beacons", "task.rooms=2"]).config
+    config["task"]["guide"]["llm"] = llm
+    task = plan(config).task
+    assert task is not None
+    assert task.make_vec is not None
+    env = task.make_vec([e.task for e in task.splits["test"]()[:3]])
+    assert isinstance(env, Guided)
+    env.reset()
+    assert env.number.tolist() == [number] * 3
+    doors = [next(cell for cell, held in env.grid.level(i).objects.items() if held[0] == DOOR) for i in range(3)]
+    assert [tuple(goal) for goal in env.goals[:, 0].tolist()] == doors
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"guide\.accuracy"):
         Guide(accuracy=1.5)
@@ -266,6 +281,6 @@ def test_without_bonus_and_input_it_is_plain_ppo_step_for_step(tmp_path: Path) -
         run(plan(compose([*words, *extra]).config), folder)
         lines = (folder / "rl" / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        curves.append([{k: v for k, v in row.items() if k not in ("seconds", "reward/subgoal_bonus")} for row in rows])
+        curves.append([{k: v for k, v in row.items() if "second" not in k and "bonus" not in k} for row in rows])
         assert read_json(folder / "run.json")["status"] == "finished"
     assert curves[0] == curves[1]
