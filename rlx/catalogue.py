@@ -66,6 +66,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
         "clock_level": "rlx.data.clock_doubles:clock_level",
+        "subgoal_bonus": "rlx.methods.words_as_beacons:subgoal_bonus",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
@@ -88,6 +89,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "vector": "rlx.rollout.vector:vector",
         "guided": "rlx.methods.rlgf:guided",
         "multi_agent_evolve": "rlx.methods.multi_agent_evolve:multi_agent_evolve",
     },
@@ -105,6 +107,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "synth_pref": "rlx.data.synth_pref:synth_pref",
         "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
+        "gym": "rlx.data.gym:gym",
+        "beacongrid": "rlx.methods.words_as_beacons:beacongrid",
+        "minigrid": "rlx.methods.words_as_beacons:minigrid",
     },
     "data": {
         "jsonl": "rlx.data.files:jsonl",
@@ -118,6 +123,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "tiny_vlm": "rlx.models.tiny_vlm:tiny_vlm",
         "tiny_t5": "rlx.models.load:tiny_t5",
         "pretrained": "rlx.models.load:pretrained",
+        "mlp": "rlx.models.nets:mlp",
+        "grid_net": "rlx.models.nets:grid_net",
     },
     "optim": {
         "adamw": "rlx.optim:adamw",
@@ -127,5 +134,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "local": "rlx.llm.local:local",
         "openai": "rlx.llm.openai:openai",
         "clock_judge": "rlx.data.clock_doubles:clock_judge",
+        "grid_rules": "rlx.envs.teachers:grid_rules",
     },
 }
