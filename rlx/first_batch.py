@@ -21,6 +21,7 @@ from rlx.models.load import outline, pretrained, shrunken
 from rlx.plan import Plan
 from rlx.rewards.score import score as pay
 from rlx.rollout.native import generate
+from rlx.stages.collect import Collect
 from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
@@ -84,11 +85,15 @@ def look(plan: Plan) -> Iterator[str]:
         at = Sources(run_dir=Path(), name=name, seed=plan.config["seed"], model=plan.model, task=plan.task, rows=rows)
         yield f"\n{name}"
         try:
-            if isinstance(stage, Fit | Online):
+            if writer := getattr(getattr(stage, "data", None), "stage", ""):
+                yield f"  its rows are written by stage {writer!r} in the run; there is nothing to look at before"
+            elif isinstance(stage, Fit | Online):
                 lines = fit(stage, at, models) if isinstance(stage, Fit) else online(stage, at, models)
                 yield from (f"  {line}" for line in lines)
+            elif isinstance(stage, Collect):
+                yield f"  {columns(at.data(stage.data, stage.limit))}; it writes {stage.describe()}"
             tested = stage if isinstance(stage, Evaluate) else getattr(stage, "eval", None)
-            if tested is not None:
+            if tested is not None and not tested.data.stage:
                 yield f"  evaluates on {columns(at.data(tested.data, tested.limit))}"
         except ConfigError as error:
             wrong.append(str(error) if str(error).startswith("stages.") else f"stages.{name}: {error}")
