@@ -8,6 +8,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "online": "rlx.stages.online:Online",
         "collect": "rlx.stages.collect:Collect",
         "evaluate": "rlx.stages.evaluate:Evaluate",
+        "merge": "rlx.stages.merge:Merge",
         "select": "rlx.stages.select:Select",
     },
     "loss": {

@@ -26,6 +26,7 @@ from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
 from rlx.stages.fit import Fit
+from rlx.stages.merge import Merge
 from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
@@ -50,7 +51,8 @@ class Models:
         """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
         while ref is not None and ref.stage:
             source = self.plan.stages.get(ref.stage)
-            ref = source.specs()["policy"].from_ if isinstance(source, Fit | Online) else None
+            specs = source.specs() if isinstance(source, Fit | Online | Merge) else {}
+            ref = specs[next(iter(source.terms)) if isinstance(source, Merge) else "policy"].from_ if specs else None
         name = ref.path if ref is not None else ""
         if name not in self.made:
             model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)
