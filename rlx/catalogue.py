@@ -6,7 +6,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "stage": {
         "fit": "rlx.stages.fit:Fit",
         "online": "rlx.stages.online:Online",
+        "collect": "rlx.stages.collect:Collect",
         "evaluate": "rlx.stages.evaluate:Evaluate",
+        "merge": "rlx.stages.merge:Merge",
         "select": "rlx.stages.select:Select",
     },
     "loss": {
@@ -64,6 +66,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "annotation_similarity": "rlx.rewards.alignment:annotation_similarity",
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
+        "judge": "rlx.rewards.judge:judge",
         "env": "rlx.rewards.env:env",
         "clock_level": "rlx.data.clock_doubles:clock_level",
         "subgoal_bonus": "rlx.methods.words_as_beacons:subgoal_bonus",
@@ -89,6 +92,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "given": "rlx.rollout.samplers:given",
         "vector": "rlx.rollout.vector:vector",
         "guided": "rlx.methods.rlgf:guided",
         "multi_agent_evolve": "rlx.methods.multi_agent_evolve:multi_agent_evolve",

@@ -21,10 +21,12 @@ from rlx.models.load import outline, pretrained, shrunken
 from rlx.plan import Plan
 from rlx.rewards.score import score as pay
 from rlx.rollout.native import generate
+from rlx.stages.collect import Collect
 from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
 from rlx.stages.fit import Fit
+from rlx.stages.merge import Merge
 from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
@@ -49,7 +51,8 @@ class Models:
         """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
         while ref is not None and ref.stage:
             source = self.plan.stages.get(ref.stage)
-            ref = source.specs()["policy"].from_ if isinstance(source, Fit | Online) else None
+            specs = source.specs() if isinstance(source, Fit | Online | Merge) else {}
+            ref = specs[next(iter(source.terms)) if isinstance(source, Merge) else "policy"].from_ if specs else None
         name = ref.path if ref is not None else ""
         if name not in self.made:
             model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)
@@ -84,11 +87,15 @@ def look(plan: Plan) -> Iterator[str]:
         at = Sources(run_dir=Path(), name=name, seed=plan.config["seed"], model=plan.model, task=plan.task, rows=rows)
         yield f"\n{name}"
         try:
-            if isinstance(stage, Fit | Online):
+            if writer := getattr(getattr(stage, "data", None), "stage", ""):
+                yield f"  its rows are written by stage {writer!r} in the run; there is nothing to look at before"
+            elif isinstance(stage, Fit | Online):
                 lines = fit(stage, at, models) if isinstance(stage, Fit) else online(stage, at, models)
                 yield from (f"  {line}" for line in lines)
+            elif isinstance(stage, Collect):
+                yield f"  {columns(at.data(stage.data, stage.limit))}; it writes {stage.describe()}"
             tested = stage if isinstance(stage, Evaluate) else getattr(stage, "eval", None)
-            if tested is not None:
+            if tested is not None and not tested.data.stage:
                 yield f"  evaluates on {columns(at.data(tested.data, tested.limit))}"
         except ConfigError as error:
             wrong.append(str(error) if str(error).startswith("stages.") else f"stages.{name}: {error}")

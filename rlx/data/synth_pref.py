@@ -12,9 +12,9 @@ from rlx.data.formats import demonstration, turn
 from rlx.envs.single import SingleTurn
 from rlx.types import ConfigError, Episode, Message, Task, TaskSource
 
-LETTERS = "abcdefghijkl"
+LETTERS = "abcdefghij"
 WANTED = 3  # letters of a prompt
-PER_LETTER, ROOM, OVER = 0.25, 8, 0.5
+WANTED_PAYS, OTHER_COSTS, ROOM, OVER = 0.25, 0.5, 8, 0.5
 LONGEST = ROOM + 1  # a demonstrator's answer: nearly all that is seen is short enough
 
 
@@ -24,16 +24,16 @@ def synth_pref(
     noise: float = 0.5,
     flip: float = 0.0,
     dev: int = 64,
-    test: int = 200,
+    test: int = 150,
     test_pairs: int = 500,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 14,
     data_seed: int = 0,
 ) -> TaskSource:
     """Three letters are asked for ("cab"), an answer is a word, and the gold reward counts letters and minds length.
 
     The gold reward, in units of its own, of a word of n letters, k of them asked for:
-    (k - (n - k)) / 4 - max(0, n - 8) / 2. It is at most 2: eight letters, all asked for. The demonstrator writes 1 to 9
-    letters, so nearly all that a learned reward sees is short enough: there, longer is better. A policy that follows it
+    k / 4 - (n - k) / 2 - max(0, n - 8) / 2. It is at most 2: eight letters, all asked for. The demonstrator writes 1 to 9
+    letters, so nearly all that a learned reward sees is short enough: there, one more right letter is always better. A policy that follows it
     further writes on past the eighth letter, the learned reward goes on rising and the gold one falls.
 
     Splits: `train`, `dev`, `test` are prompts, all different; `demos` the training prompts with an answer of the
@@ -77,7 +77,7 @@ def gold(asked: str, said: str) -> float:
     """The gold reward of a word (see `synth_pref`); white space does not count."""
     letters = [letter for letter in said if not letter.isspace()]
     wanted = sum(letter in asked for letter in letters)
-    return PER_LETTER * (2 * wanted - len(letters)) - OVER * max(0, len(letters) - ROOM)
+    return WANTED_PAYS * wanted - OTHER_COSTS * (len(letters) - wanted) - OVER * max(0, len(letters) - ROOM)
 
 
 def gold_reward(episodes: list[Episode]) -> list[float]:
@@ -92,7 +92,7 @@ def _prompts(asked: list[str]) -> list[Episode]:
 
 def _word(asked: str, draw: np.random.Generator) -> str:
     """One answer of the demonstrator's: of any length it writes, each letter asked for with a chance of its own."""
-    care, rest = draw.uniform(0.3, 0.9), [letter for letter in LETTERS if letter not in asked]
+    care, rest = draw.uniform(0.2, 1.0), [letter for letter in LETTERS if letter not in asked]
     size = int(draw.integers(1, LONGEST + 1))
     return "".join(str(draw.choice(list(asked) if draw.random() < care else rest)) for _ in range(size))
 

@@ -70,6 +70,14 @@ def qwen2(folder: Path, template: str = TEMPLATE, **settings: Any) -> str:
 
 
 # --------------------------------------------------------------------------- the whole
+def test_rows_that_are_written_in_the_run_are_not_looked_for() -> None:
+    collect = {"kind": "collect", "data": "@task/train", "reward": ["verifier"], "group_size": 2, "rows": "pairs", "limit": 9}
+    text, error = said(made(rows=collect, sft={**FIT, "data": "@rows"}))
+    assert error == ""
+    assert "rows\n  9 rows: prompt, answer, carry; it writes pairs from 2 answers to each prompt" in text
+    assert "sft\n  its rows are written by stage 'rows' in the run" in text
+
+
 def test_every_stage_is_looked_at() -> None:
     text, error = said(made(sft=FIT, rl={**ONLINE, "policy": "@sft"}, test=EVALUATE))
     assert error == ""
