@@ -21,6 +21,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dpo": "rlx.losses.preference:dpo",
         "value_mse": "rlx.losses.value:value_mse",
         "clipped_value": "rlx.losses.value:clipped_value",
+        "utterance_td": "rlx.methods.archer:utterance_td",
+        "value_of_fresh": "rlx.methods.archer:value_of_fresh",
     },
     "advantage": {
         "group_mean": "rlx.advantages:group_mean",
@@ -29,6 +31,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "returns": "rlx.advantages:returns",
         "gae": "rlx.advantages:gae",
         "role_whitened": "rlx.advantages:role_whitened",
+        "utterance_advantage": "rlx.methods.archer:utterance_advantage",
+        "turn_returns": "rlx.methods.archer:turn_returns",
     },
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
@@ -108,6 +112,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
         "letter_chain": "rlx.data.chain:letter_chain",
+        "twenty_questions": "rlx.data.text_games:twenty_questions",
+        "maze": "rlx.data.text_games:maze",
         "synth_pref": "rlx.data.synth_pref:synth_pref",
         "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
