@@ -44,7 +44,13 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
     "reward": {"weight": float},
 }
 # Settings that name a file or a folder, or else something on the hub.
-FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",), "reward": ("path",)}
+FILES = {
+    "data": ("path",),
+    "task": ("path", "train", "dev", "test", "demos"),
+    "model": ("path",),
+    "reward": ("path",),
+    "llm": ("path",),
+}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 # `pass@8` is a name and a number; an @ in the path of a file of the user's is not.
 NUMBERED = re.compile(r"(.+)@(\w*)")

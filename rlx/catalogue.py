@@ -26,12 +26,13 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "rloo": "rlx.advantages:rloo",
         "returns": "rlx.advantages:returns",
         "gae": "rlx.advantages:gae",
+        "role_whitened": "rlx.advantages:role_whitened",
     },
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
         "log_ratio": "rlx.derive:log_ratio",
+        "paid_at_end": "rlx.derive:paid_at_end",
         "value_in_use": "rlx.methods.rlgf:value_in_use",
-        "paid_at_end": "rlx.methods.rlgf:paid_at_end",
         "lambda_returns": "rlx.derive:lambda_returns",
     },
     "watch": {
@@ -64,12 +65,16 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
         "env": "rlx.rewards.env:env",
+        "clock_level": "rlx.data.clock_doubles:clock_level",
+        "subgoal_bonus": "rlx.methods.words_as_beacons:subgoal_bonus",
     },
     "keep": {
         "mixed_groups": "rlx.filters:mixed_groups",
         "correct": "rlx.filters:correct",
         "pass_rate": "rlx.filters:pass_rate",
         "untruncated": "rlx.filters:untruncated",
+        "roles": "rlx.filters:roles",
+        "for_pool": "rlx.methods.multi_agent_evolve:for_pool",
     },
     "metric": {
         "accuracy": "rlx.metrics:accuracy",
@@ -84,10 +89,13 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "vector": "rlx.rollout.vector:vector",
         "guided": "rlx.methods.rlgf:guided",
+        "multi_agent_evolve": "rlx.methods.multi_agent_evolve:multi_agent_evolve",
     },
     "task": {
         "arithmetic": "rlx.data.arithmetic:arithmetic",
+        "clock_doubles": "rlx.data.clock_doubles:clock_doubles",
         "shapes": "rlx.data.shapes:shapes",
         "visual": "rlx.data.visual:visual",
         "gsm8k": "rlx.data.gsm8k:gsm8k",
@@ -99,6 +107,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "synth_pref": "rlx.data.synth_pref:synth_pref",
         "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
+        "gym": "rlx.data.gym:gym",
+        "beacongrid": "rlx.methods.words_as_beacons:beacongrid",
+        "minigrid": "rlx.methods.words_as_beacons:minigrid",
     },
     "data": {
         "jsonl": "rlx.data.files:jsonl",
@@ -112,9 +123,17 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "tiny_vlm": "rlx.models.tiny_vlm:tiny_vlm",
         "tiny_t5": "rlx.models.load:tiny_t5",
         "pretrained": "rlx.models.load:pretrained",
+        "mlp": "rlx.models.nets:mlp",
+        "grid_net": "rlx.models.nets:grid_net",
     },
     "optim": {
         "adamw": "rlx.optim:adamw",
     },
-    "llm": {},
+    "llm": {
+        "rules": "rlx.llm.rules:rules",
+        "local": "rlx.llm.local:local",
+        "openai": "rlx.llm.openai:openai",
+        "clock_judge": "rlx.data.clock_doubles:clock_judge",
+        "grid_rules": "rlx.envs.teachers:grid_rules",
+    },
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlx import tensors
@@ -36,3 +37,12 @@ def lambda_returns(
     """
     advantage = tensors.td_sums(reward, old_value, bootstrap, mask, gamma, lam)
     return advantage + tensors.inside(old_value, mask)
+
+
+def paid_at_end(ret: Tensor, mask: Tensor) -> Tensor:
+    """The total reward on the last position of the mask: (N,T), in units of reward.
+
+    For a mask that holds more than what the policy chose: where another model wrote the end of an answer, `reward` stands
+    on the last trained position, and this on the last of all.
+    """
+    return torch.where(tensors.last_position(mask), ret[:, None], 0.0)

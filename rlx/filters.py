@@ -57,3 +57,8 @@ def untruncated(episodes: list[Episode]) -> list[Episode]:
     on `truncated`.
     """
     return [episode for episode in episodes if episode.status is not Status.TRUNCATED]
+
+
+def roles(episodes: list[Episode], *, of: list[str]) -> list[Episode]:
+    """The episodes that the policy played in one of these roles (`agent`)."""
+    return [episode for episode in episodes if episode.agent in of]

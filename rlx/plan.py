@@ -179,7 +179,7 @@ def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:
     for name, stage in stages.items():
         ref = getattr(stage, "data", None)
         source = ref.stage if isinstance(ref, DataRef) else ""
-        if not source or stages.get(source) is None:
+        if not isinstance(ref, DataRef) or not source or stages.get(source) is None:
             continue
         selects = getattr(stages[source], "writes", [])
         if ref.split and ref.split not in selects:

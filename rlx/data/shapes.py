@@ -211,12 +211,13 @@ def mask(shape: str) -> NDArray[Any]:
     """Which pixels of a cell a shape in its middle covers: (8,8), within the inner 6x6."""
     y, x = np.mgrid[0:CELL, 0:CELL] - (CELL - 1) / 2
     inner = np.maximum(abs(x), abs(y)) < 3
-    return {
+    found: dict[str, NDArray[Any]] = {
         "circle": x**2 + y**2 <= 7,
         "square": np.maximum(abs(x), abs(y)) < 3,
         "triangle": inner & (abs(x) <= (y + 3.5) / 2),
         "cross": inner & (np.minimum(abs(x), abs(y)) < 1),
-    }[shape]
+    }
+    return found[shape]
 
 
 POINTS = {shape: np.argwhere(mask(shape)) for shape in SHAPES}

@@ -7,6 +7,7 @@ would get after each of the policy's tokens. PPO is PPO++ without a roll-in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import answer
-from rlx.tensors import last_position
 from rlx.types import ConfigError, Episode, Ids, Message, Play, Sampling, Status, TextPolicy, Turn, View
 
 Scheme = Literal["ppo_plus_plus", "aggrevated", "lols", "d2lols"]
@@ -71,8 +71,9 @@ def guided(
     begun = {i: head(turn, switch(len(turn.did), coins[i, 1])) for i, turn in zip(chosen, rolled_in, strict=True)}
     first = [begun.get(i) for i in range(len(episodes))]
     rolled_out = ends.write(talks, [nothing if turn is None else turn.did for turn in first], draws(0))
+    seen = {talk: play.policy.render(talk) for talk in dict.fromkeys(talks)}
     for episode, env, talk, a, b in zip(episodes, envs, talks, first, rolled_out, strict=True):
-        turn = spliced(play.policy, a, b, guide_first=guide_first)
+        turn = spliced(play.policy, seen[talk], a, b, guide_first=guide_first)
         answer(episode, env, list(talk), turn)
         if episode.status is Status.RUNNING:
             raise ConfigError("guided: the environment goes on after an answer; its episodes have to be of one turn")
@@ -88,13 +89,8 @@ guided.streams = ("by_guide", "critic_mask", "guide_critic_mask", "string_mask")
 
 def guide_rolls_in(play: Play, scheme: Scheme, tau: float) -> bool:
     """Whether this step is one of PPO++; steps count from 1."""
-    by_scheme = {
-        "ppo_plus_plus": True,
-        "aggrevated": False,
-        "lols": uniforms([key(*play.seed, 3)], 1)[0, 0] < tau,
-        "d2lols": play.step > tau,
-    }
-    return bool(by_scheme[scheme])
+    coin = uniforms([key(*play.seed, 3)], 1)[0, 0]
+    return {"ppo_plus_plus": True, "aggrevated": False, "lols": bool(coin < tau), "d2lols": play.step > tau}[scheme]
 
 
 def switch(n: int, u: float) -> int:
@@ -116,8 +112,7 @@ class Player(NamedTuple):
             groups.setdefault((talk, prefix.tobytes()), []).append(i)
         views = [View(seen[talk], prefix=prefixes[members[0]]) for (talk, _), members in groups.items()]
         played = self.model.act(views, [[keys[i] for i in members] for members in groups.values()], self.sampling)
-        order = [i for members in groups.values() for i in members]
-        turns = dict(zip(order, (turn for row in played for turn in row), strict=True))
+        turns = dict(zip(itertools.chain(*groups.values()), itertools.chain(*played), strict=True))
         return [turns[i] for i in range(len(talks))]
 
 
@@ -126,15 +121,14 @@ def head(turn: Turn, length: int) -> Turn:
     return replace(turn, did=turn.did[:length], logp=turn.logp[:length])
 
 
-def spliced(policy: TextPolicy, first: Turn | None, rest: Turn, *, guide_first: bool) -> Turn:
+def spliced(policy: TextPolicy, seen: Ids, first: Turn | None, rest: Turn, *, guide_first: bool) -> Turn:
     """One turn of what both have written, with who wrote what."""
-    if first is None:
-        first = head(rest, 0)
+    first = first or head(rest, 0)
     did = np.concatenate([first.did, rest.did])
     rolled_out = np.arange(len(did)) >= len(first.did)
     by_guide = rolled_out ^ guide_first
     return Turn(
-        seen=rest.seen,
+        seen=seen,
         did=did,
         logp=np.concatenate([first.logp, rest.logp]),
         said=Message("assistant", policy.decode(did)),
@@ -153,8 +147,3 @@ def spliced(policy: TextPolicy, first: Turn | None, rest: Turn, *, guide_first: 
 def value_in_use(old_value: Tensor, old_guide_value: Tensor, guide_critic_mask: Tensor) -> Tensor:
     """The value of whoever rolls out: (N,T), the guide's critic where the guide wrote the end of the answer."""
     return torch.where(guide_critic_mask.any(-1, keepdim=True), old_guide_value, old_value)
-
-
-def paid_at_end(ret: Tensor, mask: Tensor) -> Tensor:
-    """The total reward on the last position of the mask: (N,T). Read as `string_mask`, that is the end of the answer."""
-    return torch.where(last_position(mask), ret[:, None], 0.0)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlx.models.collate import batch_of
 from rlx.models.heads import Heads, saved_heads
 from rlx.models.reader import CausalReader, Reader
-from rlx.types import HEADS, Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Tokens, Turn, View
+from rlx.types import HEADS, Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
 
@@ -92,7 +92,8 @@ class LanguageModel:
 
         With generation markers in the chat template the marked text is the assistant's. Without, a turn is what it adds to
         the conversation before it (which must be a prefix of the conversation after it). The parts are encoded one by one,
-        as they are when the policy plays. Raises DataError where a turn cannot be told apart, or the prompt has no token.
+        as they are when the policy plays. What a demonstration that was cut says last goes on: it has no end token. Raises
+        DataError where a turn cannot be told apart, or the prompt has no token.
         """
         text, spans = self._marked(episode) if self._has_markers else self._added(episode)
         edges = [0, *(edge for span in spans for edge in span)]
@@ -103,6 +104,8 @@ class LanguageModel:
         ]
         if turns:
             self._check_prompt(turns[0].seen)
+        if turns and episode.status is Status.TRUNCATED and len(turns[-1].did) and turns[-1].did[-1] in self.end_ids:
+            turns[-1].did = turns[-1].did[:-1]
         return Episode(episode.task, episode.group, turns, episode.status, label=episode.label, info=episode.info)
 
     def _added(self, episode: Episode) -> tuple[str, list[Span]]:

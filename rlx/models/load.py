@@ -11,6 +11,7 @@ import torch
 
 from rlx.models.language import LanguageModel
 from rlx.models.lora import Lora
+from rlx.models.nets import is_net, read_net
 from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.models.vision import VisionLanguage
@@ -138,11 +139,14 @@ def read(
     lora: Lora | None = None,
     add_tokens: Sequence[str] = (),
     heads: Mapping[str, str] | None = None,
-) -> LanguageModel:
+) -> Any:
     """A model of a directory or hub id, with those of the recipe's `settings` that any pretrained model takes.
 
-    `add_tokens` get rows of the mean of the others in both embeddings. `heads` start from the directory's own.
+    `add_tokens` get rows of the mean of the others in both embeddings. `heads` start from the directory's own. A directory
+    of a small network is read as one.
     """
+    if is_net(Path(path).expanduser()):
+        return read_net(Path(path).expanduser(), str(settings.get("device", "cpu"))).with_heads(dict(heads or {}), seed)
     shared = set(inspect.signature(pretrained).parameters) - {"path", "seed"}
     given = {k: v for k, v in settings.items() if k in shared}
     policy = pretrained(path=path, seed=seed, **{**given, **({"lora": lora} if lora is not None else {})})

@@ -61,7 +61,10 @@ class Seq2Seq(LanguageModel):
         )
 
     def tokenize(self, episode: Episode) -> Episode:
-        """Fill `seen` and `did` of a demonstration, as sampling would. Raises DataError for one of several turns."""
+        """Fill `seen` and `did` of a demonstration, as sampling would; one that was cut has no end token.
+
+        Raises DataError for a demonstration of several turns.
+        """
         if len(episode.turns) > 1:
             raise DataError(
                 f"model {self.source!r}: a sequence-to-sequence model answers once, and a row has {len(episode.turns)} "

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec, freeze, target_of
@@ -45,9 +46,16 @@ class Sources:
         return self.load(ModelSpec(from_=ref))
 
     def models(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-        """The models of a stage by name. Targets that follow another model start as copies of it."""
-        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema}
-        return made | {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        """The models of a stage by name. Targets that follow another model start as copies of it.
+
+        Mixtures are of the models themselves.
+        """
+        from rlx.models.mixture import mixture
+
+        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema and not spec.mix}
+        made |= {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
+        return made | {name: mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
 
     def load(self, spec: ModelSpec) -> Any:
         """One model: its weights, its heads, and the rollout engine where it takes one."""
@@ -133,6 +141,7 @@ class Context(Sources):
     objective: str = ""
     step: int = 0
     in_training: Mapping[str, Policy] = field(default_factory=dict)
+    buffers: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
 
@@ -157,13 +166,15 @@ class Context(Sources):
                 break
 
     def checkpoint(self, name: str) -> None:
-        """Write a checkpoint of the models in training in Hugging Face format."""
+        """Write a checkpoint: the models in training in Hugging Face format, and the pools."""
         self.save(self.folder / "checkpoints" / name)
 
     def save(self, folder: Path) -> None:
-        """Write the policy to a folder, and what else is trained below its `models/`."""
+        """Write the policy to a folder, what else is trained below its `models/`, and its pools below `buffers/`."""
         for name, model in self.in_training.items():
             model.save(folder if name == "policy" else folder / "models" / name)
+        for name, episodes in self.buffers.items():
+            write(folder / "buffers" / f"{name}.jsonl", episodes)
 
     def judge(self, metrics: dict[str, float], patience: int | None) -> None:
         """Keep the best checkpoint by the recipe's objective; stop after `patience` evaluations without a better one."""

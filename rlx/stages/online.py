@@ -11,9 +11,9 @@ from rlx.stages.buffers import Buffer, BufferSpec
 from rlx.stages.context import Context
 from rlx.stages.draw import draw, sampling
 from rlx.stages.evaluation import Eval, evaluated
-from rlx.stages.fit import shuffled
 from rlx.stages.models import ModelSpec, as_spec, refresh
 from rlx.stages.problems import online_problems
+from rlx.stages.rows import shuffled
 from rlx.stages.summary import check_gap, mark, spent, summary
 from rlx.stages.updates import UpdateSpec, learners, loaded_specs, train
 from rlx.types import (
@@ -116,9 +116,10 @@ class Online:
         loaded = ctx.models(specs)
         policy = loaded["policy"]
         updates = learners(self, loaded)
-        buffers = {name: Buffer(spec) for name, spec in self.buffers.items()}
+        buffers = {name: Buffer(spec, ctx.data(spec.start) if spec.start else ()) for name, spec in self.buffers.items()}
         prompts = shuffled(ctx.data(self.data), self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         ctx.in_training = {"policy": policy, **{u.spec.train: loaded[u.spec.train] for u in updates}}
+        ctx.buffers = {name: buffer.episodes for name, buffer in buffers.items() if buffer.spec.save}
         metrics: dict[str, float] = {}
         rollouts = 0
         if self.eval is not None:

@@ -7,12 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from rlx.advantages import gae
+from rlx.derive import lambda_returns, paid_at_end
 from rlx.envs.single import SingleTurn
 from rlx.losses.policy import clipped_surrogate
-from rlx.methods.rlgf import guided, head, paid_at_end, spliced, switch, value_in_use
+from rlx.methods.rlgf import guided, head, spliced, switch, value_in_use
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny, tiny_t5
+from rlx.models.tokenizer import byte_tokenizer
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import plain
@@ -84,8 +89,8 @@ def test_masks_by_hand() -> None:
     ids = np.arange(5)
     one = Turn(ids[:0], ids[:4], np.zeros(4, np.float32))
     rest = Turn(ids[:0], ids[2:], np.zeros(3, np.float32), info={"truncated": False})
-    restart = spliced(POLICY, head(one, 2), rest, guide_first=True).token
-    improve = spliced(POLICY, head(one, 2), rest, guide_first=False).token
+    restart = spliced(POLICY, ids[:1], head(one, 2), rest, guide_first=True).token
+    improve = spliced(POLICY, ids[:1], head(one, 2), rest, guide_first=False).token
     begin, end, none = [True] * 2 + [False] * 3, [False] * 2 + [True] * 3, [False] * 5
     expected = {
         "trained": (end, begin),
@@ -175,6 +180,18 @@ def test_the_reward_is_paid_on_the_last_id_whoever_wrote_it() -> None:
     assert paid_at_end(torch.tensor([2.0, 3.0]), whole).tolist() == [[0.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
 
 
+def test_credit_crosses_the_switch_by_hand() -> None:
+    """AggreVaTeD, one id of the policy's and two of the guide's, V^guide = (1, 2, 4), reward 8 at the end, gamma = lam = 1/2.
+
+    d = (0 + 2/2 - 1, 0 + 4/2 - 2, 8 - 4) = (0, 0, 4); A = (1/4, 1, 4) by A_t = d_t + A_{t+1} / 4; returns A + V.
+    """
+    policy, whole = torch.tensor([[True, False, False]]), torch.ones(1, 3, dtype=torch.bool)
+    value = value_in_use(torch.full((1, 3), 9.0), torch.tensor([[1.0, 2.0, 4.0]]), whole & ~policy)
+    paid = paid_at_end(torch.tensor([8.0]), whole)
+    assert gae(paid, value, torch.zeros(1), whole, gamma=0.5, lam=0.5).tolist() == [[0.25, 1.0, 4.0]]
+    assert lambda_returns(paid, value, torch.zeros(1), whole, gamma=0.5, lam=0.5).tolist() == [[1.25, 3.0, 8.0]]
+
+
 # --------------------------------------------------------------------------- mistakes
 class Chat(SingleTurn):
     """Never ends."""
@@ -183,12 +200,23 @@ class Chat(SingleTurn):
         return Reply(messages=(said,), done=False)
 
 
+def reversed_alphabet() -> PreTrainedTokenizerFast:
+    """The byte tokenizer with its ids in the opposite order."""
+    own = byte_tokenizer()
+    words = [own.convert_ids_to_tokens(i) for i in range(len(own))]
+    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words[::-1])}, merges=[]))
+    core.pre_tokenizer = own.backend_tokenizer.pre_tokenizer
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=own.pad_token, eos_token=own.eos_token)
+    made.chat_template = own.chat_template
+    return made
+
+
 def test_mistakes_are_said_plainly() -> None:
-    with pytest.raises(ConfigError, match="probabilities from 0 to 1; got 1.5 and 0.8"):
+    with pytest.raises(ConfigError, match=r"probabilities from 0 to 1; got 1\.5 and 0\.8"):
         sampled(beta=1.5)
     with pytest.raises(ConfigError, match="its episodes have to be of one turn"):
         guided(replace(play(), make_env=Chat), ROWS, 8, guide=GUIDE)
     other = model("t5", 1)
-    other.pieces = lambda ids: ["?"] * len(ids)  # type: ignore[method-assign]
+    other.tokenizer = reversed_alphabet()
     with pytest.raises(ConfigError, match="another vocabulary"):
         sampled(guide=other)

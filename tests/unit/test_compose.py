@@ -190,6 +190,13 @@ def test_the_config_holds_the_sizes_of_a_named_model(mine):
     assert smoke == {"name": "tiny", "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}
 
 
+def test_a_smoke_test_keeps_the_kind_of_a_model_of_rlxs_own(mine):
+    small = {"name": "tiny_t5", "layers": 2, "hidden": 32, "heads": 2, "ffn": 64}
+    assert compose(["rlgf", "scale=smoke"]).config["model"] == small
+    assert compose(["rlgf", "scale=smoke", "model.hidden=48"]).config["model"] == small | {"hidden": 48}
+    assert compose(["parent", "scale=smoke", "model=tiny_t5"], mine).config["model"] == small
+
+
 @pytest.mark.parametrize("recipe", ["parent", "child"])
 def test_sizes_go_without_a_word_when_another_model_is_put_in_place(mine, recipe):
     made = compose([recipe, "model=a/b", "model.dtype=bf16", "scale=smoke"], mine)

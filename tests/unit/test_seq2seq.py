@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from architectures import ids
 
+from rlx.memory import sizes
 from rlx.models.heads import Heads
-from rlx.models.load import tiny, tiny_t5
+from rlx.models.load import outline, pretrained, read, shrunken, tiny, tiny_t5
+from rlx.models.lora import Lora
 from rlx.models.seq2seq import Pair, Seq2Seq
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
-from rlx.types import ConfigError, DataError, Episode, Ids, Message, Sampling, Task, Turn, View
+from rlx.types import Component, ConfigError, DataError, Episode, Ids, Message, Sampling, Status, Task, Turn, View
 
 PROMPTS = [ids(3, 60, 61, 1), ids(3, 70, 1), ids(3, 60, 61, 62, 63, 64, 65, 66, 1)]
 ENDS = [1, *range(6, 60)]  # many ids end an answer, so that rows finish at different times and leave the batch
@@ -133,6 +136,15 @@ def test_the_encoder_reads_the_prompt_and_the_end_and_the_decoder_writes_the_ans
     assert (batch["label"].tolist(), batch["group"].tolist()) == ([1.0], [3])
 
 
+@pytest.mark.parametrize("model", ["t5", "causal"])
+def test_a_demonstration_that_was_cut_goes_on(model: str) -> None:
+    policy = tiny_t5() if model == "t5" else tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    turn = Turn(ids(), ids(), np.zeros(0, np.float32), Message("assistant", "yo"))
+    for status, said in ((Status.FINISHED, "yo<|end|>"), (Status.TRUNCATED, "yo")):
+        told = policy.tokenize(Episode(Task((Message("user", "hi"),)), 0, [turn], status, label=1.0))
+        assert "".join(policy.pieces(told.turns[0].did)) == said
+
+
 def test_logp_and_entropy_are_those_of_the_model_itself(small: Seq2Seq) -> None:
     """Position t is what the decoder says after its start token and the t ids before it."""
     episodes = [whole(Turn(PROMPTS[0], ids(70, 71, 1), np.zeros(3, np.float32)), ids())]
@@ -184,13 +196,50 @@ def test_a_conversation_of_several_turns_is_refused(small: Seq2Seq) -> None:
         small.extension([Message("user", "hi")], 1)
 
 
-def test_a_saved_model_is_read_by_transformers_alone(small: Seq2Seq, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q", "v"], "init_lora_weights": False}])
+def test_a_saved_model_is_read_by_transformers_alone_and_by_pretrained(lora: Lora | None, tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM
 
-    small.save(tmp_path / "out")
-    module = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
-    for name, value in small.module.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, atol=0, rtol=0)
+    policy = tiny_t5(hidden=32, ffn=64, lora=lora)
+    policy.save(tmp_path / "out")
+    pair = {"input_ids": torch.from_numpy(PROMPTS[0])[None], "decoder_input_ids": torch.tensor([[0, 70, 71]])}
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain(**pair).logits, policy.module(**pair).logits, atol=1e-5, rtol=0)
+    again = pretrained(path=str(tmp_path / "out"))
+    assert isinstance(again, Seq2Seq)
+    batch = policy.collate([whole(Turn(PROMPTS[0], ids(70, 71, 1), np.zeros(3, np.float32)), ids())])
+    torch.testing.assert_close(again.forward(batch, {"logp"}), policy.forward(batch, {"logp"}), atol=1e-5, rtol=0)
+
+
+def test_a_critic_keeps_its_head_on_disk(tmp_path: Path) -> None:
+    critic = tiny_t5(hidden=32, ffn=64).with_heads({"value": "token"}, seed=3)
+    critic.save(tmp_path / "critic")
+    again = read(str(tmp_path / "critic"), {}, seed=0, heads={"value": "token"})
+    batch = critic.collate([whole(Turn(PROMPTS[0], ids(70, 71, 1), np.zeros(3, np.float32)), ids())])
+    torch.testing.assert_close(again.forward(batch, {"value"}), critic.forward(batch, {"value"}), atol=1e-6, rtol=0)
+
+
+def test_a_lora_adapter_is_all_that_is_trained() -> None:
+    policy = tiny_t5(hidden=32, ffn=64, lora={"r": 2, "target_modules": ["q", "v"]})
+    names = [name for name, p in policy.module.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+
+
+def test_a_shrunken_or_outlined_model_keeps_its_kind(tmp_path: Path) -> None:
+    tiny_t5(layers=3, hidden=32, ffn=64).save(tmp_path / "out")
+    for component in (
+        Component("tiny_t5", functools.partial(tiny_t5, layers=3), settings={"layers": 3}),
+        Component(
+            "pretrained", functools.partial(pretrained, path=str(tmp_path / "out")), settings={"path": str(tmp_path / "out")}
+        ),
+    ):
+        small, whole_size = shrunken(component), outline(component)
+        assert isinstance(small, Seq2Seq)
+        assert isinstance(whole_size, Seq2Seq)
+        assert small.module.config.num_layers == 2
+        assert whole_size.module.config.num_layers == 3
+        assert sizes(whole_size).layers == 3
 
 
 def test_the_weights_are_a_function_of_the_seed() -> None:
