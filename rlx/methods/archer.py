@@ -13,7 +13,14 @@ from rlx.tensors import inside
 
 
 def utterance_td(
-    q: Tensor, target_v: Tensor, turn_reward: Tensor, turn_done: Tensor, fresh: Tensor, turn_mask: Tensor, *, gamma: float = 0.95
+    q: Tensor,
+    target_v: Tensor,
+    turn_reward: Tensor,
+    turn_done: Tensor,
+    fresh: Tensor,
+    turn_mask: Tensor,
+    *,
+    gamma: float = 0.95,
 ) -> Tensor:
     """(Q(s_k, a_k) - [r_k + gamma (1 - done_k) V'(s_k+1)])^2: (N,K), in squared units of reward (section 3.2).
 
