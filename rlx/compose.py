@@ -82,19 +82,19 @@ def refuse_resolvers(node: Any, where: Path) -> None:
 
 
 class Numbers(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # seven times as fast where there is C
-    """Safe YAML in which 1e-4 is a number, and the key `on` a word: only true and false are truth values."""
+    """Safe YAML in which 1e-4 is a number, and only true and false are truth values: `on:` is a key of an update."""
 
 
-BOOL = "tag:yaml.org,2002:bool"
-Numbers.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in known if tag != BOOL] for first, known in Numbers.yaml_implicit_resolvers.items()
-}
-Numbers.add_implicit_resolver(BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 Numbers.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)$|[-+]?[0-9][0-9_]*\.[0-9_]*$|[-+]?\.[0-9_]+$"),
     list("-+0123456789."),
 )
+BOOL = "tag:yaml.org,2002:bool"
+Numbers.yaml_implicit_resolvers = {
+    first: [(tag, shape) for tag, shape in found if tag != BOOL] for first, found in Numbers.yaml_implicit_resolvers.items()
+}
+Numbers.add_implicit_resolver(BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def recipes(extra: Path | None = None) -> dict[str, RecipeFile]:

@@ -30,7 +30,7 @@ def utterance_td(
     stored = turn_mask & ~fresh[:, None]
     ahead = torch.nn.functional.pad(inside(target_v, turn_mask)[:, 1:], (0, 1))  # 0 after the last turn
     target = turn_reward + gamma * (1 - turn_done) * ahead
-    return inside((q - target).square(), stored)
+    return (inside(q, stored) - inside(target, stored)).square()
 
 
 def value_of_fresh(v: Tensor, target_q: Tensor, fresh: Tensor, turn_mask: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def value_of_fresh(v: Tensor, target_q: Tensor, fresh: Tensor, turn_mask: Tensor
 
     So V follows the policy of now, although the buffer holds the utterances of earlier ones. Q' is a target network's.
     """
-    return inside((v - target_q).square(), turn_mask & fresh[:, None])
+    drawn = turn_mask & fresh[:, None]
+    return (inside(v, drawn) - inside(target_q, drawn)).square()
 
 
 def utterance_advantage(

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from rlx.compose import Numbers, apply_caps, compose, given_paths, override, prepare, recipes, swapped, words
 from rlx.plan import plan
@@ -225,11 +224,6 @@ def test_a_smoke_test_samples_a_few_tokens_where_the_stage_sets_no_limit():
     assert compose(["grpo_math", "scale=smoke", "stages.rl.max_new_tokens=3"]).config["stages"]["rl"]["max_new_tokens"] == 3
 
 
-def test_on_is_a_word_and_true_a_truth_value() -> None:
-    assert yaml.load("{on: kept, a: true, b: False, c: yes, d: 1e-4}", Loader=Numbers) == {
-        "on": "kept",
-        "a": True,
-        "b": False,
-        "c": "yes",
-        "d": 1e-4,
-    }
+def test_on_is_a_key_and_not_a_truth_value(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("on: yes\na: [true, off, 1e-4]\n")
+    assert recipes(tmp_path)["x"].read() == {"on": "yes", "a": [True, "off", 1e-4]}
