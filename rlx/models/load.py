@@ -110,12 +110,10 @@ def pretrained(
     at a learning rate of 1e-6 is lost in a bfloat16 weight.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig
 
     where = place(path)
+    config, processor = read_config(path, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        processor = read_processor(path, config, trust_remote_code=trust_remote_code)
         module, found = architecture(config).from_pretrained(
             where,
             dtype=torch.float32,
@@ -193,11 +191,9 @@ def unread(
     seed: int = 0,
 ) -> LanguageModel:
     """`pretrained` with weights drawn from `seed` instead of read, and with its first `layers` layers alone."""
-    from transformers import AutoConfig
 
+    config, processor = read_config(path, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(place(path), trust_remote_code=trust_remote_code)
-        processor = read_processor(path, config, trust_remote_code=trust_remote_code)
         for part in (config.get_text_config(), getattr(config, "vision_config", None)):
             depth = "depth" if hasattr(part, "depth") else "num_hidden_layers"
             if layers is not None and part is not None and getattr(part, depth) > layers:
@@ -238,14 +234,22 @@ def place(path: str) -> str:
     return where
 
 
-def read_processor(path: str, config: Any, *, trust_remote_code: bool) -> Any:
-    """What reads a model's input: its tokenizer, or where it sees the processor that holds one. Raises ConfigError."""
-    from transformers import AutoProcessor
+def read_config(path: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's configuration, and what reads its input: the tokenizer, or where it sees the processor that holds one.
 
-    if not sees(config):
-        return read_tokenizer(path, trust_remote_code=trust_remote_code)
+    Raises ConfigError.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    where = place(path)
     try:
-        return AutoProcessor.from_pretrained(place(path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {path!r}: {first_line(error)}") from error
+    if not sees(config):
+        return config, read_tokenizer(path, trust_remote_code=trust_remote_code)
+    try:
+        return config, AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"model {path!r}: no processor of images and text could be loaded ({first_line(error)})") from error
 
