@@ -139,12 +139,11 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     specs = stage.specs()
     model, real = models.get(specs["policy"].from_)
     first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
-    if not hasattr(model, "render"):
-        yield f"first batch: {len(first)} tasks; the policy does not speak, so there are no tokens to look at"
-        return
-    prompts = [len(model.render(at.make_env().reset(row.task))) for row in first]
-    limit, longest = at.max_new_tokens(stage.max_new_tokens), max(prompts)
-    yield f"first batch: {len(first)} prompts of {spread(prompts)} tokens; answers of at most {limit}"
+    limit, speaks = at.max_new_tokens(stage.max_new_tokens), hasattr(model, "render")
+    prompts = [len(model.render(at.make_env().reset(row.task))) if speaks else 0 for row in first]
+    longest = max(prompts)
+    asked = f"prompts of {spread(prompts)} tokens; answers of at most {limit}" if speaks else f"tasks of at most {limit} steps"
+    yield f"first batch: {len(first)} {asked}"
     if real.context is not None and longest + limit > real.context:
         raise ConfigError(
             f"{where}.max_new_tokens: {limit} after a prompt of {longest} tokens exceed the model's context of {real.context}"
@@ -166,9 +165,9 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     for episode in played:
         episode.info["max_new_tokens"] = limit  # what a reward is told, whatever they are cut at here
     pay(played, rewards, f"{where}.reward")
-    made = probes.completions(first[0], model, limit)
+    made = probes.completions(first[0], model, limit) if speaks else {}
     pay(list(made.values()), rewards, f"{where}.reward")
-    label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} tokens" if cut < limit else "")
+    label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} {'tokens' if speaks else 'steps'}" if cut < limit else "")
     yield from probes.table(stage.reward, made, played, label)
     scored = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
     if len(scored) < len(played):

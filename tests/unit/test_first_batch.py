@@ -13,6 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, Qwen2Config
 
 from rlx import memory, probes
+from rlx.compose import compose
 from rlx.first_batch import look
 from rlx.memory import Sizes
 from rlx.models.load import outline, pretrained, shrunken, tiny
@@ -314,3 +315,11 @@ def test_activations_are_those_that_the_backward_keeps(dtype: Any) -> None:
     size = memory.sizes(tiny(layers=2, hidden=64, heads=4, kv_heads=2, ffn=256, dtype=dtype))
     casts = 2 * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256) if dtype == "bf16" else 0  # counted with the weights
     assert kept(4) - kept(2) - casts == pytest.approx(memory.activations(size, 4 * 128), rel=0.15)
+
+
+def test_a_policy_that_does_not_speak_plays_its_first_tasks() -> None:
+    lines = "\n".join(look(plan(compose(["words_as_beacons", "task.train=40"]).config)))
+    assert "first batch: 16 tasks of at most 150 steps" in lines
+    assert "subgoal_bonus" in lines
+    assert "loss of 4 rows with random weights: clipped_surrogate" in lines
+    assert "memory of 8,551 weights" in lines
