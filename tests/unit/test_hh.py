@@ -53,9 +53,7 @@ def test_earlier_replies_are_prompt_and_only_the_last_is_trained_on(tmp_path: Pa
     made = model.tokenize(hh_rlhf(path=written(tmp_path, GOOD))[0])
     ids = np.concatenate([part for turn in made.turns for part in (turn.seen, turn.did)])
     text = "".join(model.pieces(ids))
-    assert text == (
-        "<|user|>hi<|assistant|>hello: you<|end|><|user|>what?\nHuman: is no speaker<|assistant|>this<|end|>"
-    )
+    assert text == ("<|user|>hi<|assistant|>hello: you<|end|><|user|>what?\nHuman: is no speaker<|assistant|>this<|end|>")
     assert model.pieces(made.turns[0].did) == ["t", "h", "i", "s", "<|end|>"]
     assert len(made.turns) == 1
     batch = model.collate([made])
@@ -72,7 +70,10 @@ def test_earlier_replies_are_prompt_and_only_the_last_is_trained_on(tmp_path: Pa
         ({**GOOD, "chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"}, "message 2: expected the assistant's, got the user's"),
         ({**GOOD, "chosen": "\n\nHuman: a\n\nAssistant: "}, "message 2: expected text that is not empty"),
         ({**GOOD, "chosen": "\n\nHuman: a"}, "expected the assistant's reply at the end, got 'a' (str)"),
-        ({**GOOD, "rejected": GOOD["rejected"].replace("hi", "ho")}, "line 2, column 'rejected': expected the dialogue of 'chosen'"),
+        (
+            {**GOOD, "rejected": GOOD["rejected"].replace("hi", "ho")},
+            "line 2, column 'rejected': expected the dialogue of 'chosen'",
+        ),
         ({**GOOD, "rejected": "\n\nHuman: hi\n\nAssistant: a"}, "up to the last reply; message 2 differs"),
     ],
 )
@@ -116,10 +117,10 @@ def test_twenty_steps_on_the_real_pairs(tmp_path: Path, recipe: str) -> None:
     words = [recipe, "task.name=hh_rlhf", f"task.path={REAL}", "task.malformed=skip", "stages.sft.data=@task/chosen"]
     sizes = ["model.layers=1", "model.hidden=16", "model.heads=1", "model.kv_heads=1", "model.ffn=32", "stages.sft.steps=1"]
     small = [f"stages.{s}.{k}" for s in ("sft", stage) for k in ("max_length=400", "rows_per_step=2")]
-    gone = ["stages.rm_test=null"] if recipe == "reward_model" else ["stages.test=null", "stages.dpo.eval=null", "objective=null"]
-    if recipe == "reward_model":
-        gone.append("objective=null")
-    made = compose([*words, *sizes, *small, *gone, f"stages.{stage}.steps=20", f"stages.{stage}.log_every=1"])
+    gone = ["stages.rm_test=null"] if recipe == "reward_model" else ["stages.test=null", "stages.dpo.eval=null"]
+    made = compose(
+        [*words, *sizes, *small, *gone, f"objective={stage}/loss", f"stages.{stage}.steps=20", f"stages.{stage}.log_every=1"]
+    )
     done = run(plan(made.config, swapped=made.swapped, given=made.given), tmp_path / "run")
     assert done["status"] == "finished"
     lines = [json.loads(x) for x in (tmp_path / "run" / stage / "metrics.jsonl").read_text().splitlines()]
