@@ -145,5 +145,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "openai": "rlx.llm.openai:openai",
         "clock_judge": "rlx.data.clock_doubles:clock_judge",
         "grid_rules": "rlx.envs.teachers:grid_rules",
+        "synth_judge": "rlx.data.synth_pref:synth_judge",
     },
 }

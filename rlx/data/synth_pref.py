@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import permutations
 
@@ -117,3 +118,43 @@ def _pairs(asked: list[str], count: int, noise: float, flip: float, draw: np.ran
         task = Task((Message("user", text),), meta={"gold_margin": gap if wins else -gap})
         rows += [demonstration(task, len(rows) // 2, [turn(x)], y) for x, y in ((chosen, 1.0), (rejected, -1.0))]
     return rows
+
+
+# --------------------------------------------------------------------------- a judge
+JUDGED = re.compile(
+    r"\[Conversation\]\n(.*?)\n\n\[The start of answer A\]\n(.*)\n\[The end of answer A\]\n\n"
+    r"\[The start of answer B\]\n(.*)\n\[The end of answer B\]",
+    re.DOTALL,
+)
+
+
+def synth_judge(
+    conversations: Sequence[Sequence[Message]],
+    *,
+    noise: float = 0.3,
+    place: float = 0.3,
+    length: float = 0.0,
+    n: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> list[list[str]]:
+    """A stand-in for a model that judges: the gold reward with errors, asked as the reward `judge` asks.
+
+    It prefers answer A where gold(A) - gold(B) + `place` + `length` (letters of A - letters of B) + e is positive, e normal
+    with standard deviation `noise`: `place` is its bias for the answer that it reads first, `length` for the longer one. e
+    depends on the question, its number among the `n` and `seed` alone. `temperature` and `max_new_tokens` change nothing.
+
+    Raises ConfigError: something else was asked.
+    """
+    found = []
+    for talk in conversations:
+        match = JUDGED.search(talk[-1].text)
+        if match is None:
+            raise ConfigError("llm synth_judge: it answers the question of the reward `judge` alone")
+        asked, a, b = match.groups()
+        gap = gold(asked, a) - gold(asked, b) + place + length * (len(a) - len(b))
+        text = [*talk[-1].text.encode(), seed]
+        errors = np.random.default_rng(text).normal(0.0, noise, n)
+        found.append(["[[A]]" if gap + e > 0 else "[[B]]" for e in errors])
+    return found
