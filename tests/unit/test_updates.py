@@ -320,10 +320,9 @@ def test_a_column_of_the_data_is_a_field(tmp_path: Path) -> None:
 
     rows = [replace(row, task=replace(row.task, meta={"margin": row.group / 2})) for row in DEMOS]
     ctx = context(tmp_path, "sft")
-    ctx.rows["demos"] = rows
-    stage = fit(
-        loss=[Component("weighted", weighted, ("logp", "margin", "mask"))], columns=["margin"], steps=1, rows_per_step=8
-    )
+    loss = Component("weighted", weighted, ("logp", "margin", "mask"))
+    data = DataRef(source=Component("rows", lambda: rows))
+    stage = fit(data=data, loss=[loss], columns=["margin"], steps=1, rows_per_step=8)
     assert stage.problems() == []
     assert fit(loss=stage.loss).problems()[0].startswith("loss: 'weighted' reads 'margin', which this stage does not make")
     stage.run(ctx)
