@@ -115,7 +115,7 @@ def test_its_claim_is_its_own_and_every_arm_binds_also_as_a_smoke_test(name: str
         claim = claim_of(made.config)
         assert len(claim.seeds) >= 3
         for arm in claim.names:
-            assert plan(arm_config(made.config, claim, arm, {}, 0)).stages
+            assert plan(arm_config(made.config, claim, arm, {}, 0), swapped=made.swapped, given=made.given).stages
 
 
 # --------------------------------------------------------------------------- what these recipes alone use
