@@ -6,7 +6,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "stage": {
         "fit": "rlx.stages.fit:Fit",
         "online": "rlx.stages.online:Online",
+        "collect": "rlx.stages.collect:Collect",
         "evaluate": "rlx.stages.evaluate:Evaluate",
+        "merge": "rlx.stages.merge:Merge",
         "select": "rlx.stages.select:Select",
     },
     "loss": {
@@ -19,6 +21,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dpo": "rlx.losses.preference:dpo",
         "value_mse": "rlx.losses.value:value_mse",
         "clipped_value": "rlx.losses.value:clipped_value",
+        "utterance_td": "rlx.methods.archer:utterance_td",
+        "value_of_fresh": "rlx.methods.archer:value_of_fresh",
     },
     "advantage": {
         "group_mean": "rlx.advantages:group_mean",
@@ -27,6 +31,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "returns": "rlx.advantages:returns",
         "gae": "rlx.advantages:gae",
         "role_whitened": "rlx.advantages:role_whitened",
+        "utterance_advantage": "rlx.methods.archer:utterance_advantage",
+        "turn_returns": "rlx.methods.archer:turn_returns",
     },
     "derive": {
         "kl_penalty": "rlx.derive:kl_penalty",
@@ -64,6 +70,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "annotation_similarity": "rlx.rewards.alignment:annotation_similarity",
         "reward_model": "rlx.rewards.model:reward_model",
         "model_score": "rlx.rewards.learned:model_score",
+        "judge": "rlx.rewards.judge:judge",
         "env": "rlx.rewards.env:env",
         "clock_level": "rlx.data.clock_doubles:clock_level",
         "subgoal_bonus": "rlx.methods.words_as_beacons:subgoal_bonus",
@@ -89,6 +96,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "sampler": {
         "plain": "rlx.rollout.samplers:plain",
+        "given": "rlx.rollout.samplers:given",
         "vector": "rlx.rollout.vector:vector",
         "guided": "rlx.methods.rlgf:guided",
         "multi_agent_evolve": "rlx.methods.multi_agent_evolve:multi_agent_evolve",
@@ -104,6 +112,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dapo_math": "rlx.data.mathematics:dapo_math",
         "tldr": "rlx.data.tldr:tldr",
         "letter_chain": "rlx.data.chain:letter_chain",
+        "twenty_questions": "rlx.data.text_games:twenty_questions",
+        "maze": "rlx.data.text_games:maze",
         "synth_pref": "rlx.data.synth_pref:synth_pref",
         "hh_rlhf": "rlx.data.hh:hh_task",
         "files": "rlx.data.files:files",
@@ -135,5 +145,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "openai": "rlx.llm.openai:openai",
         "clock_judge": "rlx.data.clock_doubles:clock_judge",
         "grid_rules": "rlx.envs.teachers:grid_rules",
+        "synth_judge": "rlx.data.synth_pref:synth_judge",
     },
 }

@@ -38,8 +38,8 @@ def clock_doubles(
     10 is 9 with probability `error_rate`. A quarter propose questions of uniform level (near the level of a reference, in
     half of them), a share `invalid` of which lacks a number. A quarter judge, without fault. `train`: `seeds` questions of
     levels 1 to `expert`, to begin with. `dev` and `test`: questions of the levels `held_out` (default: 4 to 6), in no other
-    split. `proposals` asks for `dev` questions, `verdicts` for `dev` marks of answers. Verifier: 1 for a right answer, a question
-    that can be answered, a mark on the right side of 5.5.
+    split. `proposals` asks for `dev` questions, `verdicts` for `dev` marks of answers. Verifier: 1 for a right answer, a
+    question that can be answered, a mark on the right side of 5.5.
 
     Raises ConfigError: a setting out of range.
     """

@@ -90,7 +90,8 @@ class Sources:
 
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
         """The rows that a reference means, read once."""
-        from rlx.data.files import jsonl
+        from rlx.data.files import jsonl_rows
+        from rlx.data.formats import placed_episodes
 
         name = f"{ref.stage}/{ref.split}" if ref.source is None else repr(ref.source)
         if name not in self.rows:
@@ -101,7 +102,8 @@ class Sources:
                 chosen = set(found["groups"])
                 self.rows[name] = [row for row in self.data(DataRef(split=found["split"])) if row.group in chosen]
             elif ref.stage:
-                self.rows[name] = jsonl(path=str(self.run_dir / ref.stage / "out" / "rows.jsonl"))
+                path = str(self.run_dir / ref.stage / "out" / "rows.jsonl")
+                self.rows[name] = placed_episodes(jsonl_rows(path), source=path, empty=True)
             elif self.task is not None:
                 self.rows[name] = self.task.splits[ref.split]()
         return self.rows[name][:limit]

@@ -15,6 +15,7 @@ from rlx.advantages import role_whitened
 from rlx.data.clock_doubles import clock_doubles, clock_judge, clock_level, level, right, solution
 from rlx.data.roles import LETTERS, RUBRIC, form, score, tagged
 from rlx.filters import roles
+from rlx.losses.policy import policy_gradient
 from rlx.methods.multi_agent_evolve import (
     difficulty,
     for_pool,
@@ -144,6 +145,14 @@ def test_masked_positions_change_nothing_and_the_unscored_count_nowhere() -> Non
 def test_equal_rewards_of_a_role_are_exactly_0() -> None:
     flat = torch.tensor([[0.0, 0.0, 0.1], [0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.1, 0.0]])
     assert role_whitened(flat, AGENT, MASK).tolist() == torch.zeros(4, 3).tolist()
+
+
+def test_the_gradient_raises_what_a_role_is_paid_more_for_than_its_own_mean() -> None:
+    logp = torch.full((4, 3), -1.0, requires_grad=True)
+    policy_gradient(logp, role_whitened(REWARD, AGENT, MASK), MASK).sum().backward()
+    sign = [[-1, -1, -1], [1, 0, 0], [1, 1, 0], [-1, -1, 0]]  # of the loss: 1 is more than 0.25, 0.75 more than 0.5
+    assert logp.grad is not None
+    assert logp.grad.sign().tolist() == sign
 
 
 # --------------------------------------------------------------------------- the questions

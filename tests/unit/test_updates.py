@@ -351,6 +351,7 @@ def test_a_saved_buffer_is_in_every_checkpoint_and_starts_another_run(tmp_path: 
     data = DataRef(source=Component("jsonl", lambda: rows[2]))
     online(by_sample, buffers={"pool": BufferSpec(start=data, save=True)}, sampler=Component("mine", sampler)).run(again)
     assert seen[0] == [e.completion for e in rows[2]]
+    assert len(seen[1]) == 32 + 16
     assert len(jsonl(path=str(again.folder / "out/buffers/pool.jsonl"))) == 32 + 32
 
 
