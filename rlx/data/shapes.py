@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def shapes(
             f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}"
         )
     palette = Palette(tuple(COLOURS)[:colours], SHAPES[:kinds])
-    draw = partial(rows, palette=palette, most=most, data_seed=data_seed)
+    draw = cache(partial(rows, palette=palette, most=most, data_seed=data_seed))  # splits of the same scenes share them
     held_out = SCENES - dev - test
     return TaskSource(
         {
