@@ -280,7 +280,7 @@ def with_sizes(node: Any, given: Collection[str], *, swapped: bool) -> dict[str,
     return {k: v for k, v in node.items() if not swapped or k not in sizes or f"model.{k}" in given}
 
 
-def shrunken_model(node: dict[str, Any], small: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+def shrunken_model(node: dict[str, Any], small: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The model at the sizes of `scale`, but for those that the user gave.
 
     A model of rlx's own keeps its kind; a pretrained one that the user did not name gives way to the scale's.

@@ -24,11 +24,12 @@ from rlx.rollout.native import generate
 from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
-from rlx.stages.fit import Fit, shuffled, tokenized
+from rlx.stages.fit import Fit
 from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
 from rlx.stages.prepare import credit, fill
+from rlx.stages.rows import shuffled, tokenized
 from rlx.stages.summary import average
 from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
 

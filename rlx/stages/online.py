@@ -11,9 +11,9 @@ from rlx.stages.buffers import Buffer, BufferSpec
 from rlx.stages.context import Context
 from rlx.stages.draw import draw, sampling
 from rlx.stages.evaluation import Eval, evaluated
-from rlx.stages.fit import shuffled
 from rlx.stages.models import ModelSpec, as_spec, refresh
 from rlx.stages.problems import online_problems
+from rlx.stages.rows import shuffled
 from rlx.stages.summary import check_gap, mark, spent, summary
 from rlx.stages.updates import UpdateSpec, learners, loaded_specs, train
 from rlx.types import (

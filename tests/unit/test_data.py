@@ -349,7 +349,7 @@ def test_task_of_own_files_has_the_splits_that_are_given(tmp_path: Path) -> None
 def test_task_of_own_files_refuses_other_extensions() -> None:
     with pytest.raises(ConfigError) as caught:
         files.files(train="train.json")
-    assert str(caught.value) == "train.json: expected a file that ends in .jsonl, .parquet, .csv, got '.json'"
+    assert str(caught.value) == "train.json: expected a file that ends in .jsonl, .jsonl.gz, .parquet, .csv, got '.json'"
 
 
 def test_limit_below_one() -> None:

@@ -28,9 +28,10 @@ from rlx.stages.context import Context
 from rlx.stages.draw import draw
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.evaluation import Eval, evaluate
-from rlx.stages.fit import Fit, shuffled, tokenized
+from rlx.stages.fit import Fit
 from rlx.stages.online import Online
 from rlx.stages.prepare import credit
+from rlx.stages.rows import shuffled, tokenized
 from rlx.stages.summary import summary
 from rlx.track import Lines, Log, NoTracker
 from rlx.types import (
@@ -220,7 +221,7 @@ def test_long_rows_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) 
     kept = tokenized(DEMOS, policy, 5, "stages.sft.data")  # a question is 3 tokens, an answer its digits and the end
     assert [row.group for row in kept] == [0, 3, 4, 5]
     assert capsys.readouterr().out == (
-        "stages.sft.data: 0 rows without a trained token and 4 longer than max_length are left out of 8\n"
+        "stages.sft.data: 0 rows without a trained token and 4 longer than max_length; 4 of 8 are left out, whole groups\n"
     )
     with pytest.raises(DataError) as error:
         tokenized(DEMOS, policy, 4, "stages.sft.data")

@@ -1,0 +1,61 @@
+"""Rows of data on their way into a stage: with tokens, in an order that the seed alone decides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from rlx.types import ConfigError, DataError, Episode, TextPolicy
+
+
+def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, where: str) -> list[Episode]:
+    """Rows with tokens; those with nothing to train on, or longer than `max_length`, are left out and counted.
+
+    The other rows of a group go with them: a pair is never cut.
+    Raises DataError where no row is left: a data set whose mask is empty would train on a loss of 0.
+    """
+    if not any(row.turns for row in rows):
+        raise DataError(f"{where}: its rows are prompts alone; to fit it needs completions, messages or pairs")
+    made = [policy.tokenize(row) for row in rows]
+    trained = [row for row in made if row.num_tokens]
+    if not trained:
+        raise DataError(
+            f"{where}: no token of its {len(rows)} rows is trained on: the chat template marks no assistant text "
+            "(see `rlx data show`)"
+        )
+    long = [r for r in trained if max_length and sum(len(t.seen) + len(t.did) for t in r.turns) > max_length]
+    bad = {row.group for row in made if not row.num_tokens} | {row.group for row in long}
+    whole = [row for row in made if row.group not in bad]
+    if not whole:
+        what = f"is longer than max_length={max_length} tokens" if len(long) == len(trained) else "has a part that does not fit"
+        raise DataError(f"{where}: every row {what}")
+    if len(whole) < len(rows):
+        print(
+            f"{where}: {len(rows) - len(trained)} rows without a trained token and {len(long)} longer than max_length; "
+            f"{len(rows) - len(whole)} of {len(rows)} are left out, whole groups"
+        )
+    return whole
+
+
+def shuffled(rows: list[Episode], size: int, seed: tuple[int, ...], where: str) -> Iterator[list[Episode]]:
+    """Endless batches of `size` groups of rows: epoch after epoch, each a new permutation; none stands twice in a batch.
+
+    A row that is alone in its group counts as one, as do the rows of a pair. Raises ConfigError where there are fewer
+    groups than a batch takes; `where` is the key that says how many.
+    """
+    members: dict[int, list[Episode]] = {}
+    for row in rows:
+        members.setdefault(row.group, []).append(row)
+    groups = list(members.values())
+    if size > len(groups):
+        raise ConfigError(f"{where}: {size} asked for, but the data has {len(groups)} rows")
+    waiting: list[int] = []
+    for epoch in itertools.count():
+        order = np.random.default_rng((*seed, epoch)).permutation(len(groups)).tolist()
+        left = set(waiting)  # of the last epoch: its repetitions go to the end of this one
+        waiting += [i for i in order if i not in left] + [i for i in order if i in left]
+        while len(waiting) >= size:
+            yield [row for i in waiting[:size] for row in groups[i]]
+            waiting = waiting[size:]
