@@ -79,6 +79,20 @@ def gae(
     return centred / ((centred.square().sum() / (count - 1).clamp(min=1)).sqrt() + 1e-8)
 
 
+def role_whitened(reward: Tensor, agent: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: float = 1e-8) -> Tensor:
+    """A_t = (G_t - mean) / (std + eps), G the reward-to-go, over all tokens of the role's episodes: (N,T), without unit.
+
+    REINFORCE++ (Hu 2025, arXiv 2501.03262) for each role by itself (Multi-Agent Evolve, arXiv 2510.23595): a role that is
+    paid more than another is not praised for that. `agent` (N,) is the role; with one role it is REINFORCE++. std is the
+    sample standard deviation (n - 1); where all tokens of a role earn the same, A is exactly 0. Episodes that could not be
+    scored count nowhere.
+    """
+    counted = mask & ~seq_sum(reward, mask).isnan().unsqueeze(-1)
+    earned = sum_to_go(reward, counted, gamma)[counted]
+    mean, std, _ = group_mean_std(earned, agent.unsqueeze(-1).expand_as(mask)[counted])
+    return torch.zeros_like(reward).masked_scatter(counted, (earned - mean) / (std + eps))
+
+
 def _scored(x: Tensor) -> Tensor:
     """`x`, with 0 for the episodes that could not be scored."""
     return torch.where(x.isnan(), 0.0, x)

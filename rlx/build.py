@@ -44,7 +44,13 @@ FRAMEWORK: dict[str, dict[str, Any]] = {
     "reward": {"weight": float},
 }
 # Settings that name a file or a folder, or else something on the hub.
-FILES = {"data": ("path",), "task": ("path", "train", "dev", "test", "demos"), "model": ("path",), "reward": ("path",)}
+FILES = {
+    "data": ("path",),
+    "task": ("path", "train", "dev", "test", "demos"),
+    "model": ("path",),
+    "reward": ("path",),
+    "llm": ("path",),
+}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 # `pass@8` is a name and a number; an @ in the path of a file of the user's is not.
 NUMBERED = re.compile(r"(.+)@(\w*)")
@@ -177,11 +183,12 @@ class Binder:
             if isinstance(value, str) and value.startswith("@task/"):
                 return t.DataRef(split=value.removeprefix("@task/"))
             if isinstance(value, str) and value.startswith("@"):
-                if re.search("[/:]", value):
+                if not re.fullmatch("@[^/:]+(/[^/:]+)?", value):
                     self.errors.append(
                         f"{path}: expected @task/SPLIT or a data set such as {{name: jsonl, path: FILE}}, got {value!r}"
                     )
-                return t.DataRef(stage=value[1:])
+                stage, _, split = value[1:].partition("/")
+                return t.DataRef(stage=stage, split=split)
             return t.DataRef(source=self.component("data", value, path))
         if dataclasses.is_dataclass(hint_):
             if not isinstance(value, Mapping):

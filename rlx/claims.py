@@ -14,31 +14,33 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rlx.build import Binder
-from rlx.report.read import Run, lower_is_better, rows
+from rlx.report.read import Run, lower_is_better, rows, series
 from rlx.types import ConfigError
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 EXIT_STATUS: dict[str, int] = {"reproduced": 0, "not reproduced": 3, "inconclusive": 4}
 METHOD = "method"
 MINUTES, MOST_MINUTES = 20, 120  # of a claim on two cores: the default budget, and the most that a recipe may ask for
-At = Literal["first", "last", "best", "head", "tail", "mean", "growth"]
+AT = ("first", "last", "best", "head", "tail", "mean", "growth")
+REACH = re.compile(r"reach@(-?\d+(?:\.\d+)?)")
 
 
 @dataclass(kw_only=True)
 class Check:
     """`metric` of `arm` minus `times` that of `minus`, paired by seed, held against `min` or `max`.
 
-    `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, or tail
-    minus head (growth). `minus_metric` and `minus_at` default to `metric` and `at`. Without `minus` the value itself is held
-    against the bound. "At most half of the control's" is `times: 0.5, max: 0`.
+    `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, tail minus
+    head (growth), or the step at which it first is as good as a level (reach@0.8). `minus_metric` and `minus_at` default to
+    `metric` and `at`. Without `minus` the value itself is held against the bound. "At most half of the control's" is
+    `times: 0.5, max: 0`.
     """
 
     metric: str
-    at: At = "last"
+    at: str = "last"
     arm: str = METHOD
     minus: str | None = None
     minus_metric: str | None = None
-    minus_at: At | None = None
+    minus_at: str | None = None
     times: float = 1.0
     min: float | None = None
     max: float | None = None
@@ -61,7 +63,7 @@ class Shown:
     """A further column of the result's table."""
 
     metric: str
-    at: At = "last"
+    at: str = "last"
 
 
 @dataclass(kw_only=True)
@@ -103,7 +105,7 @@ class Claim:
         return list(dict.fromkeys([*checked, *minus, *(s.metric for s in self.show if arm == METHOD)]))
 
     @property
-    def columns(self) -> list[tuple[str, At]]:
+    def columns(self) -> list[tuple[str, str]]:
         """The columns of the result's table: what is checked, then what is shown."""
         checked = [(c.metric, c.at) for c in self.checks]
         return list(dict.fromkeys([*checked, *((s.metric, s.at) for s in self.show)]))
@@ -133,6 +135,10 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
                     binder.errors.append(f"claim.checks.{i}: no arm {arm!r} (known: {', '.join(claim.names)})")
             if check.min is None and check.max is None:
                 binder.errors.append(f"claim.checks.{i}: needs min or max")
+        marks = [(f"checks.{i}.{key}", getattr(c, key)) for i, c in enumerate(claim.checks) for key in ("at", "minus_at")]
+        for key, at in [*marks, *((f"show.{i}.at", shown.at) for i, shown in enumerate(claim.show))]:
+            if at is not None and at not in AT and not REACH.fullmatch(at):
+                binder.errors.append(f"claim.{key}: {at!r} is not one of {', '.join(AT)}, reach@LEVEL")
         present = [name for name, stage in config.get("stages", {}).items() if stage is not None]
         added = {path.split(".")[1] for path in claim.common if path.startswith("stages.")}
         for metric in claim.metrics:
@@ -161,12 +167,26 @@ def value_at(run: Run, metric: str, at: str) -> float:
     curve = rows(run, metric)
     if not curve:
         return math.nan
+    if level := REACH.fullmatch(at):
+        return reached(run, metric, float(level.group(1)))
     tenth = max(1, math.ceil(len(curve) / 10))
     head, tail = fmean(curve[:tenth]), fmean(curve[-tenth:])
     best = min if lower_is_better(metric) else max
     finite = [v for v in curve if not math.isnan(v)]
     pick = {"first": curve[0], "last": curve[-1], "mean": fmean(curve), "head": head, "tail": tail, "growth": tail - head}
     return pick[at] if at != "best" else best(finite, default=math.nan)
+
+
+def reached(run: Run, metric: str, level: float) -> float:
+    """The step at which a curve first is as good as `level`; its last step where it never is: it takes at least so long."""
+    stage, _, key = metric.partition("/")
+    sign = -1.0 if lower_is_better(metric) else 1.0
+    for steps, curve in (series(log, key) for log in run.stages if log.name == stage):
+        return next(
+            (step for step, value in zip(steps, curve, strict=True) if sign * value >= sign * level),
+            max(steps, default=math.nan),
+        )
+    return math.nan
 
 
 @dataclass(frozen=True)

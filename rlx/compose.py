@@ -82,7 +82,7 @@ def refuse_resolvers(node: Any, where: Path) -> None:
 
 
 class Numbers(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # seven times as fast where there is C
-    """Safe YAML in which 1e-4 is a number."""
+    """Safe YAML in which 1e-4 is a number, and only true and false are truth values: `on:` is a key of an update."""
 
 
 Numbers.add_implicit_resolver(
@@ -90,6 +90,11 @@ Numbers.add_implicit_resolver(
     re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)$|[-+]?[0-9][0-9_]*\.[0-9_]*$|[-+]?\.[0-9_]+$"),
     list("-+0123456789."),
 )
+BOOL = "tag:yaml.org,2002:bool"
+Numbers.yaml_implicit_resolvers = {
+    first: [(tag, shape) for tag, shape in found if tag != BOOL] for first, found in Numbers.yaml_implicit_resolvers.items()
+}
+Numbers.add_implicit_resolver(BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def recipes(extra: Path | None = None) -> dict[str, RecipeFile]:

@@ -36,6 +36,20 @@ def correct(episodes: list[Episode], *, threshold: float = 1.0) -> list[Episode]
     return [episode for episode in episodes if episode.reward >= threshold]
 
 
+def pass_rate(episodes: list[Episode], *, low: float = 0.0, high: float = 1.0, threshold: float = 1.0) -> list[Episode]:
+    """The groups of which a share from `low` to `high` is right, whole: total reward of at least `threshold`.
+
+    With low = high = 1 what the policy has learned, with high = 0 what is out of its reach (PeBR-R1, arXiv 2509.13031).
+    An episode that could not be scored counts for nothing; a group without a scored one is left out.
+    """
+    right: dict[int, list[bool]] = defaultdict(list)
+    for episode in episodes:
+        if not math.isnan(episode.reward):
+            right[episode.group].append(episode.reward >= threshold - 1e-6)
+    share = {group: sum(found) / len(found) for group, found in right.items()}
+    return [episode for episode in episodes if low <= share.get(episode.group, -1.0) <= high]
+
+
 def untruncated(episodes: list[Episode]) -> list[Episode]:
     """The episodes that the token limit did not cut (overlong filtering of DAPO, section 3.4).
 
@@ -43,3 +57,8 @@ def untruncated(episodes: list[Episode]) -> list[Episode]:
     on `truncated`.
     """
     return [episode for episode in episodes if episode.status is not Status.TRUNCATED]
+
+
+def roles(episodes: list[Episode], *, of: list[str]) -> list[Episode]:
+    """The episodes that the policy played in one of these roles (`agent`)."""
+    return [episode for episode in episodes if episode.agent in of]

@@ -21,10 +21,12 @@ from rlx.models.load import outline, pretrained, shrunken
 from rlx.plan import Plan
 from rlx.rewards.score import score as pay
 from rlx.rollout.native import generate
+from rlx.stages.collect import Collect
 from rlx.stages.context import Sources
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.fields import reads
 from rlx.stages.fit import Fit
+from rlx.stages.merge import Merge
 from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
@@ -49,7 +51,8 @@ class Models:
         """Of the directory or hub id that a reference begins with, followed through the stages; without one, of `model`."""
         while ref is not None and ref.stage:
             source = self.plan.stages.get(ref.stage)
-            ref = source.specs()["policy"].from_ if isinstance(source, Fit | Online) else None
+            specs = source.specs() if isinstance(source, Fit | Online | Merge) else {}
+            ref = specs[next(iter(source.terms)) if isinstance(source, Merge) else "policy"].from_ if specs else None
         name = ref.path if ref is not None else ""
         if name not in self.made:
             model = self.plan.model if ref is None else at_path(self.plan.model.settings, ref.path)
@@ -84,11 +87,15 @@ def look(plan: Plan) -> Iterator[str]:
         at = Sources(run_dir=Path(), name=name, seed=plan.config["seed"], model=plan.model, task=plan.task, rows=rows)
         yield f"\n{name}"
         try:
-            if isinstance(stage, Fit | Online):
+            if writer := getattr(getattr(stage, "data", None), "stage", ""):
+                yield f"  its rows are written by stage {writer!r} in the run; there is nothing to look at before"
+            elif isinstance(stage, Fit | Online):
                 lines = fit(stage, at, models) if isinstance(stage, Fit) else online(stage, at, models)
                 yield from (f"  {line}" for line in lines)
+            elif isinstance(stage, Collect):
+                yield f"  {columns(at.data(stage.data, stage.limit))}; it writes {stage.describe()}"
             tested = stage if isinstance(stage, Evaluate) else getattr(stage, "eval", None)
-            if tested is not None:
+            if tested is not None and not tested.data.stage:
                 yield f"  evaluates on {columns(at.data(tested.data, tested.limit))}"
         except ConfigError as error:
             wrong.append(str(error) if str(error).startswith("stages.") else f"stages.{name}: {error}")
@@ -132,12 +139,11 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     specs = stage.specs()
     model, real = models.get(specs["policy"].from_)
     first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
-    if not hasattr(model, "render"):
-        yield f"first batch: {len(first)} tasks; the policy does not speak, so there are no tokens to look at"
-        return
-    prompts = [len(model.render(at.make_env().reset(row.task))) for row in first]
-    limit, longest = at.max_new_tokens(stage.max_new_tokens), max(prompts)
-    yield f"first batch: {len(first)} prompts of {spread(prompts)} tokens; answers of at most {limit}"
+    limit, speaks = at.max_new_tokens(stage.max_new_tokens), hasattr(model, "render")
+    prompts = [len(model.render(at.make_env().reset(row.task))) if speaks else 0 for row in first]
+    longest = max(prompts)
+    asked = f"prompts of {spread(prompts)} tokens; answers of at most {limit}" if speaks else f"tasks of at most {limit} steps"
+    yield f"first batch: {len(first)} {asked}"
     if real.context is not None and longest + limit > real.context:
         raise ConfigError(
             f"{where}.max_new_tokens: {limit} after a prompt of {longest} tokens exceed the model's context of {real.context}"
@@ -159,9 +165,9 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     for episode in played:
         episode.info["max_new_tokens"] = limit  # what a reward is told, whatever they are cut at here
     pay(played, rewards, f"{where}.reward")
-    made = probes.completions(first[0], model, limit)
+    made = probes.completions(first[0], model, limit) if speaks else {}
     pay(list(made.values()), rewards, f"{where}.reward")
-    label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} tokens" if cut < limit else "")
+    label = f"rollouts, mean of {len(played)}" + (f", cut at {cut} {'tokens' if speaks else 'steps'}" if cut < limit else "")
     yield from probes.table(stage.reward, made, played, label)
     scored = [e for e in played if not math.isnan(e.reward) and e.num_tokens]
     if len(scored) < len(played):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-from rlx.models.language import LanguageModel
 
 # Bytes a scored position takes for each entry of the vocabulary: five float32 copies of its logits are alive at the peak
 # of forward and backward.
@@ -33,15 +32,21 @@ class Sizes:
     bf16: bool
 
 
-def sizes(model: LanguageModel) -> Sizes:
-    """The sizes of a model; `models.load.outline` makes one that takes no memory itself."""
+def sizes(model: Any) -> Sizes:
+    """The sizes of a model; `models.load.outline` makes one that takes no memory itself.
+
+    Of a small network, which has no layers of tokens, the weights alone count.
+    """
     weights = list(model.module.parameters())
+    total, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+    if not hasattr(model, "render"):
+        return Sizes(total, trained, layers=0, hidden=0, ffn=0, cached=0, vocabulary=0, context=None, bf16=False)
     config = model.module.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Sizes(
-        weights=sum(w.numel() for w in weights),
-        trained=sum(w.numel() for w in weights if w.requires_grad),
+        weights=total,
+        trained=trained,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         ffn=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,

@@ -15,7 +15,7 @@ from typing import Any
 from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
-from rlx.types import Component, ConfigError, Episode, Model, ModelRef, Stage, TaskSource
+from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelRef, Stage, TaskSource
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
 KEYS: dict[str, Any] = {
@@ -175,11 +175,16 @@ def check_verifier(binder: Binder, stages: Mapping[str, Any], *, no_task: bool) 
 
 
 def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:
-    """`data: "@x"` names a stage that writes rows."""
+    """`data: "@x"` names a stage that writes rows, `@x/medium` one that selects some under this name."""
     for name, stage in stages.items():
         ref = getattr(stage, "data", None)
-        source = getattr(ref, "stage", "")
-        if source and stages.get(source) is not None and not getattr(stages[source], "writes_rows", False):
+        source = ref.stage if isinstance(ref, DataRef) else ""
+        if not isinstance(ref, DataRef) or not source or stages.get(source) is None:
+            continue
+        selects = getattr(stages[source], "writes", [])
+        if ref.split and ref.split not in selects:
+            binder.errors.append(f"stages.{name}.data: stage {source!r} selects no {ref.split!r}{hint(ref.split, selects)}")
+        elif not ref.split and not getattr(stages[source], "writes_rows", False):
             binder.errors.append(
                 f"stages.{name}.data: stage {source!r} writes no rows; expected @task/SPLIT, a stage that does, or a data set "
                 "such as {name: jsonl, path: FILE}"

@@ -140,14 +140,13 @@ def choose_threads(plan: Plan) -> None:
     """One thread for a small model on the CPU, unless OMP_NUM_THREADS says how many."""
     import torch
 
-    from rlx.memory import sizes
     from rlx.models.load import outline
 
     device = plan.model.settings.get("device", "auto")
     on_cpu = not torch.cuda.is_available() if device == "auto" else device == "cpu"
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         quiet()
-        if sizes(outline(plan.model)).weights < SMALL:
+        if sum(p.numel() for p in outline(plan.model).module.parameters()) < SMALL:
             torch.set_num_threads(1)
 
 

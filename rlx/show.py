@@ -77,7 +77,7 @@ def show_data(arguments: list[str], extra: Path | None, trust: list[str], num: i
     policy = outline(made.model)  # tokens need no weights
     for name, stage in made.stages.items():
         ref = getattr(stage, "data", None)
-        if not isinstance(ref, DataRef) or (ref.split or repr(ref.source)) in shown:
+        if not isinstance(ref, DataRef) or ref.stage or (ref.split or repr(ref.source)) in shown:
             continue
         shown.add(ref.split or repr(ref.source))
         sources = Sources(run_dir=Path(), name=name, seed=made.config["seed"], model=made.model, task=made.task)

@@ -291,9 +291,12 @@ class Reduce(Protocol):
 
 
 class Reward(Protocol):
-    """The episodes of one group -> one number each, or one for each turn; nan where the episode could not be scored."""
+    """The episodes of one group -> one number each, or one for each turn, or for each id that a turn did.
 
-    def __call__(self, episodes: list[Episode]) -> Sequence[float] | Sequence[Sequence[float]]: ...
+    nan: the episode could not be scored.
+    """
+
+    def __call__(self, episodes: list[Episode]) -> Sequence[float] | Sequence[Sequence[float | Floats]]: ...
 
 
 class Keep(Protocol):
@@ -319,12 +322,19 @@ class Sampling:
     rows: int = 1024
 
 
+VecStep = tuple[NDArray[Any], Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Floats]]
+
+
 class VecEnv(Protocol):
-    """Environments of arrays, one for each task, stepped together. An environment that is done ignores its action."""
+    """Environments of arrays, one for each task, stepped together. An environment that is done ignores its action.
+
+    `step` returns what is seen next (B,...), reward, terminated, truncated (B,), and by name what else is told of each step
+    (B,): the streams of the turn (`Turn.token`) that a reward or a loss can read.
+    """
 
     def reset(self) -> NDArray[Any]: ...
 
-    def step(self, actions: Ids) -> tuple[NDArray[Any], Floats, NDArray[np.bool_], NDArray[np.bool_]]: ...
+    def step(self, actions: Ids) -> VecStep: ...
 
 
 @dataclass(frozen=True)
@@ -489,7 +499,10 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class DataRef:
-    """Where rows come from: a split of the task (`@task/train`), a stage that writes rows (`@pairs`), or a data set."""
+    """Where rows come from: a split of the task (`@task/train`), a stage that writes rows (`@pairs`), or a data set.
+
+    `@sorted/medium` is what stage `sorted` selected under that name.
+    """
 
     split: str = ""
     source: Component[Data] | None = None

@@ -66,8 +66,13 @@ def episodes(
     return placed_episodes(placed, source=source, columns=columns)
 
 
-def placed_episodes(rows: Iterable[tuple[str, Row]], *, source: str, columns: Mapping[str, str] | None = None) -> list[Episode]:
-    """`episodes` for rows that come with their place, such as "train.jsonl line 17"."""
+def placed_episodes(
+    rows: Iterable[tuple[str, Row]], *, source: str, columns: Mapping[str, str] | None = None, empty: bool = False
+) -> list[Episode]:
+    """`episodes` for rows that come with their place, such as "train.jsonl line 17".
+
+    `empty`: an answer may be empty. A policy says nothing at times; in a file of the user's it is a mistake.
+    """
     made: list[Episode] = []
     problems: list[str] = []
     layout: tuple[str, ...] = ()
@@ -76,7 +81,7 @@ def placed_episodes(rows: Iterable[tuple[str, Row]], *, source: str, columns: Ma
         row = _renamed(found, columns or {}, source)
         layout = layout or _sniff(row, source)
         try:
-            made += _row_episodes(row, layout, count, where)
+            made += _row_episodes(row, layout, count, where, empty)
         except DataError as error:
             problems.append(str(error))
         count += 1
@@ -118,7 +123,7 @@ def _suggestion(found: Sequence[str]) -> str:
     return f"set columns: {{{', '.join(pairs)}}}"
 
 
-def _row_episodes(row: Row, layout: tuple[str, ...], group: int, where: str) -> list[Episode]:
+def _row_episodes(row: Row, layout: tuple[str, ...], group: int, where: str, empty: bool) -> list[Episode]:
     for name in layout:
         if name not in row:
             raise DataError(f"{where}, column '{name}': no such column in this row; found {', '.join(row)}")
@@ -130,7 +135,7 @@ def _row_episodes(row: Row, layout: tuple[str, ...], group: int, where: str) -> 
     if "chosen" in layout:
         if "prompt" in layout:
             prompt = _prompt(row["prompt"], where)
-            chosen, rejected = (_completion(row[name], where, name, prompt) for name in ("chosen", "rejected"))
+            chosen, rejected = (_completion(row[name], where, name, prompt, empty) for name in ("chosen", "rejected"))
         else:
             prompt, chosen, rejected = _shared_prompt(row, where)
         asked = task(prompt)
@@ -147,7 +152,8 @@ def _row_episodes(row: Row, layout: tuple[str, ...], group: int, where: str) -> 
         return [demonstration(task(messages[:first]), group, _turns(messages[first:]))]
     prompt = _prompt(row["prompt"], where)
     if "completion" in layout:
-        return [demonstration(task(prompt), group, _turns(_completion(row["completion"], where, "completion")))]
+        completion = _completion(row["completion"], where, "completion", empty=empty)
+        return [demonstration(task(prompt), group, _turns(completion))]
     return [Episode(task(prompt), group)]
 
 
@@ -163,10 +169,10 @@ def _prompt(value: Any, where: str) -> list[Message]:
     return [Message("user", _text(value, where, "prompt"))] if isinstance(value, str) else _messages(value, where, "prompt")
 
 
-def _completion(value: Any, where: str, column: str, prompt: Sequence[Message] = ()) -> list[Message]:
+def _completion(value: Any, where: str, column: str, prompt: Sequence[Message] = (), empty: bool = False) -> list[Message]:
     if isinstance(value, str):
         return [Message("assistant", _text(value, where, column))]
-    messages = _messages(value, where, column)
+    messages = _messages(value, where, column, empty)
     if prompt and messages[: len(prompt)] == list(prompt):  # some data sets repeat the prompt here
         messages = messages[len(prompt) :]
     if not messages or messages[0].role != "assistant":
@@ -195,22 +201,22 @@ def _shared_prompt(row: Row, where: str) -> tuple[list[Message], list[Message], 
     return chosen[:split], chosen[split:], rejected[split:]
 
 
-def _messages(value: Any, where: str, column: str) -> list[Message]:
+def _messages(value: Any, where: str, column: str, empty: bool = False) -> list[Message]:
     if not isinstance(value, list) or not value:
         expected = "a list of messages" if column == "messages" else "text or a list of messages"
         raise DataError(f"{where}, column '{column}': expected {expected}, got {shown(value)}")
-    return [_message(item, where, f"{column}.{i}") for i, item in enumerate(value)]
+    return [_message(item, where, f"{column}.{i}", empty) for i, item in enumerate(value)]
 
 
-def _message(item: Any, where: str, column: str) -> Message:
+def _message(item: Any, where: str, column: str, empty: bool) -> Message:
     if not isinstance(item, Mapping) or not {"role", "content"} <= set(item):
         got = f"keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else shown(item)
         raise DataError(f"{where}, column '{column}': expected a message {{role, content}}, got {got}")
     role, content = item["role"], item["content"]
     if role not in ROLES:
         raise DataError(f"{where}, column '{column}.role': expected one of {', '.join(ROLES)}, got {shown(role)}")
-    if role in ("system", "tool") and content == "":  # an empty system prompt or tool result is meant
-        return Message(role, content)
+    if isinstance(content, str) and (empty or (role in ("system", "tool") and content == "")):
+        return Message(role, content)  # an empty system prompt or tool result is meant
     return Message(role, _text(content, where, f"{column}.content"))
 
 

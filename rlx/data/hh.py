@@ -41,7 +41,7 @@ def hh_task(
 ) -> TaskSource:
     """The task of `hh_rlhf`: preference pairs, and their prompts to be answered.
 
-    Splits: `pairs`, `dev_pairs`, `test_pairs`; `chosen`, the chosen replies of `pairs` as demonstrations; `train`, `dev` and
+    Splits: `pairs`, `dev_pairs`, `test_pairs`; `chosen` (also `demos`), the chosen replies of `pairs`; `train`, `dev` and
     `test`, the prompts of the three alone. `dev` and `test` pairs are the last of a file; of the hub, `test` are the first of
     its own test split. No reply is right or wrong: evaluate with a reward model as `verifier`.
 
@@ -65,7 +65,7 @@ def hh_task(
             "pairs": partial(part, "train"),
             "dev_pairs": partial(part, "dev"),
             "test_pairs": partial(part, "test"),
-            "chosen": lambda: [row for row in part("train") if row.label == 1.0],
+            **dict.fromkeys(("chosen", "demos"), lambda: [row for row in part("train") if row.label == 1.0]),
             **{name: partial(lambda name: prompts(part(name)), name) for name in ("train", "dev", "test")},
         },
         verifier=no_verifier,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import permutations
 
@@ -12,9 +13,9 @@ from rlx.data.formats import demonstration, turn
 from rlx.envs.single import SingleTurn
 from rlx.types import ConfigError, Episode, Message, Task, TaskSource
 
-LETTERS = "abcdefghijkl"
+LETTERS = "abcdefghij"
 WANTED = 3  # letters of a prompt
-PER_LETTER, ROOM, OVER = 0.25, 8, 0.5
+WANTED_PAYS, OTHER_COSTS, ROOM, OVER = 0.25, 0.5, 8, 0.5
 LONGEST = ROOM + 1  # a demonstrator's answer: nearly all that is seen is short enough
 
 
@@ -24,17 +25,17 @@ def synth_pref(
     noise: float = 0.5,
     flip: float = 0.0,
     dev: int = 64,
-    test: int = 200,
+    test: int = 150,
     test_pairs: int = 500,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 14,
     data_seed: int = 0,
 ) -> TaskSource:
     """Three letters are asked for ("cab"), an answer is a word, and the gold reward counts letters and minds length.
 
     The gold reward, in units of its own, of a word of n letters, k of them asked for:
-    (k - (n - k)) / 4 - max(0, n - 8) / 2. It is at most 2: eight letters, all asked for. The demonstrator writes 1 to 9
-    letters, so nearly all that a learned reward sees is short enough: there, longer is better. A policy that follows it
-    further writes on past the eighth letter, the learned reward goes on rising and the gold one falls.
+    k / 4 - (n - k) / 2 - max(0, n - 8) / 2. It is at most 2: eight letters, all asked for. The demonstrator writes 1 to 9
+    letters, so nearly all that a learned reward sees is short enough: there, one more right letter is always better. A policy that
+    follows it further writes on past the eighth letter, the learned reward goes on rising and the gold one falls.
 
     Splits: `train`, `dev`, `test` are prompts, all different; `demos` the training prompts with an answer of the
     demonstrator's, of any quality; `pairs` two of its answers to a training prompt, of which the better is chosen with
@@ -77,7 +78,7 @@ def gold(asked: str, said: str) -> float:
     """The gold reward of a word (see `synth_pref`); white space does not count."""
     letters = [letter for letter in said if not letter.isspace()]
     wanted = sum(letter in asked for letter in letters)
-    return PER_LETTER * (2 * wanted - len(letters)) - OVER * max(0, len(letters) - ROOM)
+    return WANTED_PAYS * wanted - OTHER_COSTS * (len(letters) - wanted) - OVER * max(0, len(letters) - ROOM)
 
 
 def gold_reward(episodes: list[Episode]) -> list[float]:
@@ -92,7 +93,7 @@ def _prompts(asked: list[str]) -> list[Episode]:
 
 def _word(asked: str, draw: np.random.Generator) -> str:
     """One answer of the demonstrator's: of any length it writes, each letter asked for with a chance of its own."""
-    care, rest = draw.uniform(0.3, 0.9), [letter for letter in LETTERS if letter not in asked]
+    care, rest = draw.uniform(0.2, 1.0), [letter for letter in LETTERS if letter not in asked]
     size = int(draw.integers(1, LONGEST + 1))
     return "".join(str(draw.choice(list(asked) if draw.random() < care else rest)) for _ in range(size))
 
@@ -117,3 +118,43 @@ def _pairs(asked: list[str], count: int, noise: float, flip: float, draw: np.ran
         task = Task((Message("user", text),), meta={"gold_margin": gap if wins else -gap})
         rows += [demonstration(task, len(rows) // 2, [turn(x)], y) for x, y in ((chosen, 1.0), (rejected, -1.0))]
     return rows
+
+
+# --------------------------------------------------------------------------- a judge
+JUDGED = re.compile(
+    r"\[Conversation\]\n(.*?)\n\n\[The start of answer A\]\n(.*)\n\[The end of answer A\]\n\n"
+    r"\[The start of answer B\]\n(.*)\n\[The end of answer B\]",
+    re.DOTALL,
+)
+
+
+def synth_judge(
+    conversations: Sequence[Sequence[Message]],
+    *,
+    noise: float = 0.3,
+    place: float = 0.3,
+    length: float = 0.0,
+    n: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> list[list[str]]:
+    """A stand-in for a model that judges: the gold reward with errors, asked as the reward `judge` asks.
+
+    It prefers answer A where gold(A) - gold(B) + `place` + `length` (letters of A - letters of B) + e is positive, e normal
+    with standard deviation `noise`: `place` is its bias for the answer that it reads first, `length` for the longer one. e
+    depends on the question, its number among the `n` and `seed` alone. `temperature` and `max_new_tokens` change nothing.
+
+    Raises ConfigError: something else was asked.
+    """
+    found = []
+    for talk in conversations:
+        match = JUDGED.search(talk[-1].text)
+        if match is None:
+            raise ConfigError("llm synth_judge: it answers the question of the reward `judge` alone")
+        asked, a, b = match.groups()
+        gap = gold(asked, a) - gold(asked, b) + place + length * (len(a) - len(b))
+        text = [*talk[-1].text.encode(), seed]
+        errors = np.random.default_rng(text).normal(0.0, noise, n)
+        found.append(["[[A]]" if gap + e > 0 else "[[B]]" for e in errors])
+    return found

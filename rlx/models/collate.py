@@ -44,11 +44,11 @@ def positions(episode: Episode) -> dict[str, NDArray[Any]]:
     turns = _joined(gaps, [np.full(len(turn.did), i + 1) for i, turn in enumerate(episode.turns)]) - 1
     names = {name for turn in episode.turns for name, x in turn.token.items() if x.ndim == 1} - {"trained"}
     return {
+        **{name: _joined(gaps, [_stream(turn, name) for turn in episode.turns]) for name in names},
         "mask": mask,
         "turn": np.where(mask, turns, -1),
         "rollout_logp": _joined(gaps, [t.logp if len(t.logp) else np.zeros(len(t.did), np.float32) for t in episode.turns]),
-        "reward": rewards(episode, gaps, mask),
-        **{name: _joined(gaps, [_stream(turn, name) for turn in episode.turns]) for name in names},
+        "reward": rewards(episode, gaps, mask),  # what the recipe's rewards made of it, also where a stream is called so
     }
 
 

@@ -11,8 +11,10 @@ import torch
 
 from rlx.models.language import LanguageModel
 from rlx.models.lora import Lora
+from rlx.models.nets import is_net, read_net
 from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
+from rlx.models.vision import VisionLanguage
 from rlx.types import Component, ConfigError, Model
 
 Dtype = Literal["fp32", "bf16"]
@@ -102,18 +104,16 @@ def pretrained(
 ) -> LanguageModel:
     """Any language model of transformers: a `save_pretrained` directory or a hub id, safetensors only.
 
-    Its own configuration says whether it is an encoder-decoder or a causal model.
+    Its own configuration says whether it is an encoder-decoder, a vision-language or a causal model.
 
     `dtype: bf16` computes in bfloat16 and keeps the trained weights and the optimiser in float32, because an AdamW step
     at a learning rate of 1e-6 is lost in a bfloat16 weight.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig
 
     where = place(path)
-    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    config, processor = read_config(path, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         module, found = architecture(config).from_pretrained(
             where,
             dtype=torch.float32,
@@ -126,7 +126,7 @@ def pretrained(
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(f"model {path!r}: its files lack {len(missing)} weights of the model, such as {missing[0]}")
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+    return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
 
 
 def read(
@@ -137,11 +137,14 @@ def read(
     lora: Lora | None = None,
     add_tokens: Sequence[str] = (),
     heads: Mapping[str, str] | None = None,
-) -> LanguageModel:
+) -> Any:
     """A model of a directory or hub id, with those of the recipe's `settings` that any pretrained model takes.
 
-    `add_tokens` get rows of the mean of the others in both embeddings. `heads` start from the directory's own.
+    `add_tokens` get rows of the mean of the others in both embeddings. `heads` start from the directory's own. A directory
+    of a small network is read as one.
     """
+    if is_net(Path(path).expanduser()):
+        return read_net(Path(path).expanduser(), str(settings.get("device", "cpu"))).with_heads(dict(heads or {}), seed)
     shared = set(inspect.signature(pretrained).parameters) - {"path", "seed"}
     given = {k: v for k, v in settings.items() if k in shared}
     policy = pretrained(path=path, seed=seed, **{**given, **({"lora": lora} if lora is not None else {})})
@@ -188,16 +191,15 @@ def unread(
     seed: int = 0,
 ) -> LanguageModel:
     """`pretrained` with weights drawn from `seed` instead of read, and with its first `layers` layers alone."""
-    from transformers import AutoConfig
 
-    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    config, processor = read_config(path, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(place(path), trust_remote_code=trust_remote_code)
-        text = config.get_text_config()
-        if layers is not None and text.num_hidden_layers > layers:
-            text.num_hidden_layers = layers
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:layers]
+        for part in (config.get_text_config(), getattr(config, "vision_config", None)):
+            depth = "depth" if hasattr(part, "depth") else "num_hidden_layers"
+            if layers is not None and part is not None and getattr(part, depth) > layers:
+                setattr(part, depth, layers)
+                if getattr(part, "layer_types", None):
+                    part.layer_types = part.layer_types[:layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = architecture(config).from_config(
@@ -205,14 +207,21 @@ def unread(
             )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+    return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
 
 
 def architecture(config: Any) -> Any:
     """The class of transformers that makes a model that writes text, for this configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+    if sees(config):
+        return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def sees(config: Any) -> bool:
+    """Whether a model reads images."""
+    return getattr(config, "vision_config", None) is not None
 
 
 def place(path: str) -> str:
@@ -223,6 +232,26 @@ def place(path: str) -> str:
         what = "is no directory" if not Path(where).is_dir() else "has no config.json"
         raise ConfigError(f"model {path!r}: {what}; expected a directory that save_pretrained wrote, or a hub id")
     return where
+
+
+def read_config(path: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's configuration, and what reads its input: the tokenizer, or where it sees the processor that holds one.
+
+    Raises ConfigError.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    where = place(path)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {path!r}: {first_line(error)}") from error
+    if not sees(config):
+        return config, read_tokenizer(path, trust_remote_code=trust_remote_code)
+    try:
+        return config, AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"model {path!r}: no processor of images and text could be loaded ({first_line(error)})") from error
 
 
 def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
@@ -241,12 +270,14 @@ def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
 
 
 def finish(
-    module: Any, tokenizer: Any, *, dtype: Dtype, lora: Lora | None, device: str, seed: int, source: str
+    module: Any, processor: Any, *, dtype: Dtype, lora: Lora | None, device: str, seed: int, source: str
 ) -> LanguageModel:
     """Adapter (drawn from `seed`), device and padding token, the same for every way of making a model.
 
-    The module stays in eval mode: without dropout, the policy that is trained is the one that samples.
+    The module stays in eval mode: without dropout, the policy that is trained is the one that samples. `processor` is the
+    tokenizer, or what holds it.
     """
+    tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model {source!r}: its tokenizer has no end-of-sequence token, so no answer would ever end")
     if tokenizer.pad_token_id is None:
@@ -264,8 +295,8 @@ def finish(
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.lora: {first_line(error)}") from error
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    made = Seq2Seq if module.config.is_encoder_decoder else LanguageModel
-    policy = made(module.to(where).eval(), tokenizer, where, bf16=dtype == "bf16", source=source)
+    made = VisionLanguage if sees(module.config) else Seq2Seq if module.config.is_encoder_decoder else LanguageModel
+    policy = made(module.to(where).eval(), processor, where, bf16=dtype == "bf16", source=source)
     module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
     return policy
 

@@ -21,7 +21,11 @@ class Reader(Protocol):
     the ids that have to be read before one is drawn (the rest of a view's prefix).
     """
 
-    logits: Tensor
+    @property
+    def logits(self) -> Tensor:
+        """(R,V)."""
+        ...
+
     ahead: list[Ids]
 
     def keep(self, rows: Tensor) -> None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-PAD, END = "<|pad|>", "<|end|>"
+PAD, END, IMAGE = "<|pad|>", "<|end|>", "<|image|>"
 ROLES = ("system", "user", "assistant", "tool")
 
 # The generation markers say which tokens are the assistant's own: its text and the end token that it has to learn.
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def byte_tokenizer() -> Any:
-    """A transformers tokenizer of the 256 bytes (an ASCII character is one token) and a token a role."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(words: Sequence[str] = (), *, images: bool = False) -> Any:
+    """A transformers tokenizer of the 256 bytes (an ASCII character is one token) and a token a role.
+
+    `words` are texts that are one token each wherever they stand, `images` adds the placeholder of an image.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES), *([IMAGE] if images else [])]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -34,5 +40,6 @@ def byte_tokenizer() -> Any:
         additional_special_tokens=special[2:],
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -25,17 +25,19 @@ def answer_match(
     extract: Literal["auto", "boxed", "hash", "last_number", "whole"] = "auto",
     method: Literal["exact", "math_verify"] = "exact",
     timeout: float = 2.0,
+    after: str | None = None,
 ) -> list[float]:
     r"""1 where the completion's final answer equals the task's, else 0; nan where the comparison ran out of time.
 
     extract: how the final answer is found, see `answers.extract`. method: `exact` compares numbers as fractions and all
     else as text; `math_verify` asks the package of that name, too, where those differ (LaTeX, sets, algebra).
-    timeout: seconds of wall clock for one such comparison. Raises DataError if a task has no answer.
+    timeout: seconds of wall clock for one such comparison. after: a heading; only the first line after its last occurrence
+    is read, and the whole completion where there is none. Raises DataError if a task has no answer.
     """
     verdicts: dict[tuple[str, str], float] = {}
 
     def score(episode: Episode) -> float:
-        gold, said = _gold(episode), answers.extract(episode.completion, extract)
+        gold, said = _gold(episode), answers.extract(_told(episode.completion, after), extract)
         if said is None:
             return 0.0
         if (gold, said) not in verdicts:
@@ -43,6 +45,13 @@ def answer_match(
         return verdicts[gold, said]
 
     return [score(episode) for episode in episodes]
+
+
+def _told(completion: str, after: str | None) -> str:
+    if after is None or after not in completion:
+        return completion
+    lines = completion.rpartition(after)[2].strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def _gold(episode: Episode) -> str:

@@ -8,7 +8,22 @@ import numpy as np
 
 from rlx.models.language import with_said
 from rlx.rollout.noise import key
-from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Sampling, Status, TextPolicy, Turn, View
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataError,
+    Env,
+    Episode,
+    Ids,
+    Message,
+    Play,
+    Sampler,
+    Sampling,
+    Status,
+    TextPolicy,
+    Turn,
+    View,
+)
 
 
 def plain(play: Play, rows: list[Episode], n: int) -> list[Episode]:
@@ -18,6 +33,21 @@ def plain(play: Play, rows: list[Episode], n: int) -> list[Episode]:
     talks = [list(env.reset(e.task)) for env, e in zip(envs, episodes, strict=True)]
     finish(play, episodes, envs, talks, n)
     return episodes
+
+
+def given(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+    """The rows' own answers, unpaid; nothing is played. So rewards label what the data has. Raises DataError: no answer."""
+    if any(not row.turns for row in rows):
+        raise DataError("sampler 'given': the data has prompts without an answer; it needs completions, messages or pairs")
+    return [Episode(row.task, row.group, row.turns, row.status, agent=row.agent, info=dict(row.info)) for row in rows]
+
+
+given.idle = True  # type: ignore[attr-defined]  # it asks no policy
+
+
+def plays(sampler: Component[Sampler]) -> bool:
+    """Whether a sampler asks the policy for anything."""
+    return not getattr(getattr(sampler.call, "func", sampler.call), "idle", False)
 
 
 def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[list[Message]], n: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlx.filters import chain
 from rlx.rollout.samplers import resampled
-from rlx.types import Component, Episode, Floats, Keep, Sampling
+from rlx.types import Component, DataRef, Episode, Floats, Keep, Sampling
 
 
 @dataclass(kw_only=True)
@@ -20,6 +20,9 @@ class BufferSpec:
 
     `as: demonstration` stores them as rows to imitate. With `resample`, a model of the stage draws a fresh last turn at each
     turn of the `states` episodes that a step's draws come from, and both are in the batch (see the field `fresh`).
+
+    A pool that samplers draw from is part of what training has come to: it begins with the rows of `start`, and with `save`,
+    each checkpoint has it as `buffers/NAME.jsonl`, which `start: {name: jsonl, path: ...}` reads again.
     """
 
     capacity: int = 1024
@@ -28,14 +31,16 @@ class BufferSpec:
     order: Literal["uniform", "newest"] = "uniform"
     resample: str = ""
     states: int = 32
+    start: DataRef | None = None
+    save: bool = False
 
 
 class Buffer:
     """The episodes of one BufferSpec."""
 
-    def __init__(self, spec: BufferSpec) -> None:
+    def __init__(self, spec: BufferSpec, start: Sequence[Episode] = ()) -> None:
         self.spec = spec
-        self.episodes: deque[Episode] = deque(maxlen=spec.capacity)
+        self.episodes: deque[Episode] = deque(start, maxlen=spec.capacity)
         self._fresh: dict[int, list[Episode]] = {}
         self._pool: list[Episode] = []
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, target_of
+from rlx.stages.models import ModelSpec, freeze, target_of
 from rlx.track import Log
 from rlx.types import (
     Component,
@@ -44,9 +46,16 @@ class Sources:
         return self.load(ModelSpec(from_=ref))
 
     def models(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-        """The models of a stage by name. Targets that follow another model start as copies of it."""
-        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema}
-        return made | {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        """The models of a stage by name. Targets that follow another model start as copies of it.
+
+        Mixtures are of the models themselves.
+        """
+        from rlx.models.mixture import mixture
+
+        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema and not spec.mix}
+        made |= {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
+        mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
+        return made | {name: mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
 
     def load(self, spec: ModelSpec) -> Any:
         """One model: its weights, its heads, and the rollout engine where it takes one."""
@@ -61,6 +70,7 @@ class Sources:
             model = spec.model or self.model
             policy = model.call() if "seed" in model.settings else model.call(seed=self.seed)
             policy = policy if not spec.heads else policy.with_heads(spec.heads, seed)
+        freeze(policy, spec.freeze, f"stages.{self.name}")
         if hasattr(policy, "engine"):
             policy.engine = generate
         return policy
@@ -80,14 +90,20 @@ class Sources:
 
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
         """The rows that a reference means, read once."""
-        from rlx.data.files import jsonl
+        from rlx.data.files import jsonl_rows
+        from rlx.data.formats import placed_episodes
 
-        name = ref.split or ref.stage or repr(ref.source)
+        name = f"{ref.stage}/{ref.split}" if ref.source is None else repr(ref.source)
         if name not in self.rows:
             if ref.source is not None:
                 self.rows[name] = ref.source.call()
+            elif ref.stage and ref.split:
+                found = json.loads((self.run_dir / ref.stage / "out" / f"{ref.split}.json").read_text(encoding="utf-8"))
+                chosen = set(found["groups"])
+                self.rows[name] = [row for row in self.data(DataRef(split=found["split"])) if row.group in chosen]
             elif ref.stage:
-                self.rows[name] = jsonl(path=str(self.run_dir / ref.stage / "out" / "rows.jsonl"))
+                path = str(self.run_dir / ref.stage / "out" / "rows.jsonl")
+                self.rows[name] = placed_episodes(jsonl_rows(path), source=path, empty=True)
             elif self.task is not None:
                 self.rows[name] = self.task.splits[ref.split]()
         return self.rows[name][:limit]
@@ -127,6 +143,7 @@ class Context(Sources):
     objective: str = ""
     step: int = 0
     in_training: Mapping[str, Policy] = field(default_factory=dict)
+    buffers: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
 
@@ -151,13 +168,15 @@ class Context(Sources):
                 break
 
     def checkpoint(self, name: str) -> None:
-        """Write a checkpoint of the models in training in Hugging Face format."""
+        """Write a checkpoint: the models in training in Hugging Face format, and the pools."""
         self.save(self.folder / "checkpoints" / name)
 
     def save(self, folder: Path) -> None:
-        """Write the policy to a folder, and what else is trained below its `models/`."""
+        """Write the policy to a folder, what else is trained below its `models/`, and its pools below `buffers/`."""
         for name, model in self.in_training.items():
             model.save(folder if name == "policy" else folder / "models" / name)
+        for name, episodes in self.buffers.items():
+            write(folder / "buffers" / f"{name}.jsonl", episodes)
 
     def judge(self, metrics: dict[str, float], patience: int | None) -> None:
         """Keep the best checkpoint by the recipe's objective; stop after `patience` evaluations without a better one."""

@@ -82,6 +82,7 @@ def needed(
     specs: Mapping[str, ModelSpec], wanted: set[str], trained: Sequence[str], components: Sequence[Component[Any]]
 ) -> dict[str, ModelSpec]:
     """The models that are to be loaded: all but a reference policy whose fields nobody reads."""
-    used = {model for _, _, model in named(components)} | set(trained) | {spec.ema for spec in specs.values()}
+    followed = {name for spec in specs.values() for name in (spec.ema, *spec.mix)}
+    used = {model for _, _, model in named(components)} | set(trained) | followed
     unread = "reference" not in used and not any(name.startswith("ref_") for name in wanted)
     return {name: spec for name, spec in specs.items() if name != "reference" or not unread}

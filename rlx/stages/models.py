@@ -12,7 +12,7 @@ import torch
 
 from rlx.build import hint, model_offers
 from rlx.models.lora import Lora
-from rlx.types import HEADS, Component, Model, ModelName, ModelRef, Policy
+from rlx.types import HEADS, Component, ConfigError, Model, ModelName, ModelRef, Policy
 
 # The reference policy's fields go by the name that the field knows them by.
 PREFIX = {"reference": "ref"}
@@ -28,10 +28,11 @@ class Refresh:
 
 @dataclass(kw_only=True)
 class ModelSpec:
-    """One model of a stage. It starts `from` a reference, is made by `model`, or follows another one as its `ema`.
+    """One model of a stage: `from` a reference, made by `model`, following another as its `ema`, or a `mix` of others.
 
     `heads` maps names to what they read (HEADS in rlx/types.py). An ema target is p <- decay p + (1 - decay) q after each
-    update of the model that it follows.
+    update of the model that it follows. `mix` maps models to their weights in a geometric mixture, token by token.
+    `freeze` names parts that are not trained, such as `vision_tower`: words of the weights' dotted names.
     """
 
     from_: ModelRef | None = None
@@ -39,7 +40,9 @@ class ModelSpec:
     heads: dict[str, str] = field(default_factory=dict)
     lora: Lora | None = None
     add_tokens: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
     ema: str = ""
+    mix: dict[str, float] = field(default_factory=dict)
     decay: float = 0.995
     refresh: Refresh | None = None
 
@@ -54,14 +57,18 @@ def spec_problems(specs: Mapping[str, ModelSpec]) -> list[str]:
     found = []
     for name, spec in specs.items():
         at = f"models.{name}"
-        if sum([spec.from_ is not None, spec.model is not None, bool(spec.ema)]) > 1:
-            found.append(f"{at}: takes one of from, model and ema")
+        if sum([spec.from_ is not None, spec.model is not None, bool(spec.ema), bool(spec.mix)]) > 1:
+            found.append(f"{at}: takes one of from, model, ema and mix")
         for head, read in spec.heads.items():
             if read not in HEADS:
                 found.append(f"{at}.heads.{head}: no head reads {read!r}{hint(read, HEADS)}")
         for key, other in (("ema", spec.ema), ("refresh.to", spec.refresh.to if spec.refresh else "")):
             if other and other not in specs:
                 found.append(f"{at}.{key}: the stage has no model {other!r}{hint(other, specs)}")
+        for other in spec.mix:
+            if other not in specs or specs[other].ema or specs[other].mix:
+                plain = [n for n, s in specs.items() if not s.ema and not s.mix]
+                found.append(f"{at}.mix: {other!r} is none of the models to be mixed{hint(other, plain)}")
         if not 0 <= spec.decay <= 1:
             found.append(f"{at}.decay: expected 0 to 1, got {spec.decay}")
     return found
@@ -127,6 +134,17 @@ def weights(policy: Policy) -> list[torch.Tensor]:
     """Every weight of a model, heads included, trained or not."""
     modules = [policy.module, getattr(policy, "heads", None)]
     return [p for module in modules if module is not None for p in module.parameters()]
+
+
+def freeze(policy: Policy, parts: Iterable[str], where: str) -> None:
+    """Train all but some parts of a model. Raises ConfigError where it has no such part."""
+    for part in parts:
+        found = [p for name, p in policy.module.named_parameters() if f".{part}." in f".{name}."]
+        if not found:
+            known = dict.fromkeys(word for name, _ in policy.module.named_parameters() for word in name.split(".")[:-1])
+            raise ConfigError(f"{where}: freeze: the model has no part {part!r}{hint(part, known)}")
+        for weight in found:
+            weight.requires_grad_(False)
 
 
 def target_of(policy: Any) -> Any:

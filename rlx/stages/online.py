@@ -116,9 +116,10 @@ class Online:
         loaded = ctx.models(specs)
         policy = loaded["policy"]
         updates = learners(self, loaded)
-        buffers = {name: Buffer(spec) for name, spec in self.buffers.items()}
+        buffers = {name: Buffer(spec, ctx.data(spec.start) if spec.start else ()) for name, spec in self.buffers.items()}
         prompts = shuffled(ctx.data(self.data), self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         ctx.in_training = {"policy": policy, **{u.spec.train: loaded[u.spec.train] for u in updates}}
+        ctx.buffers = {name: buffer.episodes for name, buffer in buffers.items() if buffer.spec.save}
         metrics: dict[str, float] = {}
         rollouts = 0
         if self.eval is not None:

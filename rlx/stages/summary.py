@@ -24,7 +24,8 @@ def summary(kept: list[Episode], seen: list[Episode]) -> dict[str, float]:
         "reward/failures": float(len(seen) - len(scored)),
         "length": average([float(e.num_tokens) for e in seen]),
         "turns": average([float(len(e.turns)) for e in seen]),
-        "truncated": average([float(e.status is Status.TRUNCATED) for e in seen]),
+        # where the value of what would have come is known, an episode that was cut has lost nothing
+        "truncated": average([float(e.status is Status.TRUNCATED and "bootstrap" not in e.info) for e in seen]),
         "groups/no_signal": no_signal(scored),
         "groups/trained_no_signal": no_signal(kept),
         "episodes": float(len(seen)),
@@ -76,9 +77,9 @@ def spent(learners: Sequence[TorchLearner], rollouts: int) -> dict[str, float]:
 
 
 def no_signal(episodes: list[Episode]) -> float:
-    """The share of groups whose rewards are all equal."""
+    """The share of groups whose rewards are all equal, of those that have several; nan where none has."""
     groups = [list(g) for _, g in itertools.groupby(episodes, key=lambda e: e.group)]
-    return average([float(len({e.reward for e in g}) == 1) for g in groups])
+    return average([float(len({e.reward for e in g}) == 1) for g in groups if len(g) > 1])
 
 
 def average(values: list[float]) -> float:

@@ -94,7 +94,7 @@ def test_a_recipe_without_a_claim():
         ({"show": [{"metric": "more/loss"}]}, "claim: metric 'more/loss' names no stage of the recipe"),
         (
             {"checks": [{**CHECK, "at": "end"}]},
-            "claim.checks.0.at: 'end' is not one of 'first', 'last', 'best', 'head', 'tail', 'mean', 'growth'",
+            "claim.checks.0.at: 'end' is not one of first, last, best, head, tail, mean, growth, reach@LEVEL",
         ),
         (
             {"checks": [{**CHECK, "maxx": 1.0}]},
@@ -139,6 +139,15 @@ def test_a_check_in_words(check, said):
 )
 def test_value_at(at, value):
     assert value_at(curve(*CURVE), "rl/reward", at) == value  # head and tail: two of eleven
+
+
+def test_the_step_at_which_a_curve_first_is_as_good_as_a_level():
+    run = curve(0.1, 0.5, 0.4, 0.9)
+    steps = [row["step"] for row in run.stages[0].metrics]
+    assert value_at(run, "rl/reward", "reach@0.5") == steps[1]
+    assert value_at(run, "rl/reward", "reach@0.8") == steps[3]
+    assert value_at(run, "rl/reward", "reach@1") == steps[3]  # never: at least as long as it ran
+    assert value_at(curve(0.9, 0.5, 0.4, metric="loss"), "rl/loss", "reach@0.5") == steps[1]  # less is better
 
 
 def test_a_tenth_of_a_short_curve_is_one_value():

@@ -222,3 +222,8 @@ def test_a_smoke_test_samples_a_few_tokens_where_the_stage_sets_no_limit():
     stages = compose(["grpo_math", "scale=smoke"]).config["stages"]
     assert stages["rl"]["max_new_tokens"] == 8
     assert compose(["grpo_math", "scale=smoke", "stages.rl.max_new_tokens=3"]).config["stages"]["rl"]["max_new_tokens"] == 3
+
+
+def test_on_is_a_key_and_not_a_truth_value(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("on: yes\na: [true, off, 1e-4]\n")
+    assert recipes(tmp_path)["x"].read() == {"on": "yes", "a": [True, "off", 1e-4]}

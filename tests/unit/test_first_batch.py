@@ -13,6 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, Qwen2Config
 
 from rlx import memory, probes
+from rlx.compose import compose
 from rlx.first_batch import look
 from rlx.memory import Sizes
 from rlx.models.load import outline, pretrained, shrunken, tiny
@@ -70,6 +71,14 @@ def qwen2(folder: Path, template: str = TEMPLATE, **settings: Any) -> str:
 
 
 # --------------------------------------------------------------------------- the whole
+def test_rows_that_are_written_in_the_run_are_not_looked_for() -> None:
+    collect = {"kind": "collect", "data": "@task/train", "reward": ["verifier"], "group_size": 2, "rows": "pairs", "limit": 9}
+    text, error = said(made(rows=collect, sft={**FIT, "data": "@rows"}))
+    assert error == ""
+    assert "rows\n  9 rows: prompt, answer, carry; it writes pairs from 2 answers to each prompt" in text
+    assert "sft\n  its rows are written by stage 'rows' in the run" in text
+
+
 def test_every_stage_is_looked_at() -> None:
     text, error = said(made(sft=FIT, rl={**ONLINE, "policy": "@sft"}, test=EVALUATE))
     assert error == ""
@@ -306,3 +315,11 @@ def test_activations_are_those_that_the_backward_keeps(dtype: Any) -> None:
     size = memory.sizes(tiny(layers=2, hidden=64, heads=4, kv_heads=2, ffn=256, dtype=dtype))
     casts = 2 * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256) if dtype == "bf16" else 0  # counted with the weights
     assert kept(4) - kept(2) - casts == pytest.approx(memory.activations(size, 4 * 128), rel=0.15)
+
+
+def test_a_policy_that_does_not_speak_plays_its_first_tasks() -> None:
+    lines = "\n".join(look(plan(compose(["words_as_beacons", "task.train=40"]).config)))
+    assert "first batch: 16 tasks of at most 150 steps" in lines
+    assert "subgoal_bonus" in lines
+    assert "loss of 4 rows with random weights: clipped_surrogate" in lines
+    assert "memory of 8,551 weights" in lines

@@ -41,6 +41,7 @@ models
 data envs rewards
 metrics
 rollout
+llm
 methods
 optim
 learner
@@ -74,9 +75,15 @@ APART = {
 }
 TOGETHER = {"data", "envs", "rewards"}
 # Slow to import, or not needed by most commands: imported inside the functions that use them.
-HEAVY = {"transformers", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "peft", "matplotlib"}
+HEAVY = {"transformers", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "peft", "matplotlib", "gymnasium", "minigrid"}
 # Parameters that a recipe's `read:` renames to fields, or that name a head or a sampler's stream.
-RENAMED = {"log_ratio": {"of", "over"}, "value_in_use": {"old_guide_value", "guide_critic_mask"}}
+RENAMED = {
+    "log_ratio": {"of", "over"},
+    "value_in_use": {"old_guide_value", "guide_critic_mask"},
+    "utterance_td": {"q", "target_v"},
+    "value_of_fresh": {"v", "target_q"},
+    "utterance_advantage": {"critic_q", "critic_q2", "critic_v", "critic_v2"},
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -13,6 +13,9 @@ from architectures import episode
 from test_stages import DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
 
 from rlx.build import Binder
+from rlx.data.files import jsonl
+from rlx.data.formats import turn
+from rlx.data.rows import row_of
 from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
@@ -22,7 +25,7 @@ from rlx.stages.models import ModelSpec, Refresh, target_of, weights
 from rlx.stages.online import Online
 from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
-from rlx.types import Component, ConfigError, Episode, ModelRef, Play, Policy, Sampling
+from rlx.types import Component, ConfigError, DataRef, Episode, Message, ModelRef, Play, Policy, Sampling, Task
 
 CRITIC = ModelSpec(heads={"value": "token"})
 
@@ -325,3 +328,40 @@ def test_a_column_of_the_data_is_a_field(tmp_path: Path) -> None:
     assert fit(loss=stage.loss).problems()[0].startswith("loss: 'weighted' reads 'margin', which this stage does not make")
     stage.run(ctx)
     assert sorted(seen[0]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+
+
+# --------------------------------------------------------------------------- pools
+def test_a_saved_buffer_is_in_every_checkpoint_and_starts_another_run(tmp_path: Path) -> None:
+    pool, own = BufferSpec(capacity=64, save=True), BufferSpec(capacity=64)
+    first = context(tmp_path / "first", "rl")
+    online(by_sample, buffers={"pool": pool, "own": own}, checkpoint_every=1).run(first)
+    written = [first.folder / at / "buffers" for at in ("checkpoints/step-000001", "checkpoints/step-000002", "out")]
+    assert [[x.name for x in at.iterdir()] for at in written] == [["pool.jsonl"]] * 3
+    rows = [jsonl(path=str(at / "pool.jsonl")) for at in written]
+    assert [len(x) for x in rows] == [16, 32, 32]
+    assert [(e.task.prompt, e.completion) for e in rows[1]] == [(e.task.prompt, e.completion) for e in rows[2]]
+
+    again = context(tmp_path / "again", "rl")
+    seen: list[list[str]] = []
+
+    def sampler(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+        seen.append([e.completion for e in play.pools["pool"]])
+        return plain(play, rows, n)
+
+    data = DataRef(source=Component("jsonl", lambda: rows[2]))
+    online(by_sample, buffers={"pool": BufferSpec(start=data, save=True)}, sampler=Component("mine", sampler)).run(again)
+    assert seen[0] == [e.completion for e in rows[2]]
+    assert len(seen[1]) == 32 + 16
+    assert len(jsonl(path=str(again.folder / "out/buffers/pool.jsonl"))) == 32 + 32
+
+
+def test_a_row_of_an_episode_says_what_is_plain() -> None:
+    one = Episode(Task((Message("user", "2+2"),), "4", {"level": 1, "image": object()}), 0, [turn("4")], info={"question": "q"})
+    one.reward, one.agent = 0.5, "solver"
+    prompt = [{"role": "user", "content": "2+2"}]
+    said = {"level": 1, "question": "q", "answer": "4", "agent": "solver", "reward": 0.5}
+    assert row_of(one) == {**said, "prompt": prompt, "completion": "4"}
+    assert row_of(replace(one, turns=[])) == {**said, "prompt": prompt}
+    two = replace(one, turns=[turn("3", [Message("tool", "no")]), turn("4")])
+    talk = [*prompt, {"role": "assistant", "content": "3"}, {"role": "tool", "content": "no"}]
+    assert row_of(two) == {**said, "messages": [*talk, {"role": "assistant", "content": "4"}]}

@@ -1,0 +1,1 @@
+"""Language models that are asked, not trained: conversations in, texts out (the catalogue's group `llm`)."""

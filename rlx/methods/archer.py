@@ -1,0 +1,79 @@
+"""ArCHer (Zhou et al. 2024, arXiv 2402.19446): an off-policy critic of utterances, whose advantage trains the tokens.
+
+A turn's state s is the conversation before it, its action a the whole utterance. Twin critics Q(s, a) and V(s) learn from a
+buffer; the policy learns from utterances drawn afresh at the buffer's states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlx.tensors import inside
+
+
+def utterance_td(
+    q: Tensor,
+    target_v: Tensor,
+    turn_reward: Tensor,
+    turn_done: Tensor,
+    fresh: Tensor,
+    turn_mask: Tensor,
+    *,
+    gamma: float = 0.95,
+) -> Tensor:
+    """(Q(s_k, a_k) - [r_k + gamma (1 - done_k) V'(s_k+1)])^2: (N,K), in squared units of reward (section 3.2).
+
+    V' is a target network's. An utterance after which there is no turn has nothing to bootstrap from. A freshly drawn
+    utterance was never answered: 0. Use it twice, `read`ing q2 and target_v2, for the twin.
+    """
+    stored = turn_mask & ~fresh[:, None]
+    ahead = torch.nn.functional.pad(inside(target_v, turn_mask)[:, 1:], (0, 1))  # 0 after the last turn
+    target = turn_reward + gamma * (1 - turn_done) * ahead
+    return (inside(q, stored) - inside(target, stored)).square()
+
+
+def value_of_fresh(v: Tensor, target_q: Tensor, fresh: Tensor, turn_mask: Tensor) -> Tensor:
+    """(V(s_k) - Q'(s_k, a))^2 at utterances a freshly drawn from the policy: (N,K), in squared units of reward (section 3.2).
+
+    So V follows the policy of now, although the buffer holds the utterances of earlier ones. Q' is a target network's.
+    """
+    drawn = turn_mask & fresh[:, None]
+    return (inside(v, drawn) - inside(target_q, drawn)).square()
+
+
+def utterance_advantage(
+    critic_q: Tensor,
+    critic_q2: Tensor,
+    critic_v: Tensor,
+    critic_v2: Tensor,
+    fresh: Tensor,
+    turn: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """A = min(Q, Q2)(s, a) - min(V, V2)(s) on every token of a freshly drawn utterance: (N,T), in units of reward (eq. 4).
+
+    0 on the stored utterances: their policy is not the one in training.
+    """
+    by_turn = torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2)
+    by_token = by_turn.gather(1, turn.clamp(min=0))
+    return inside(by_token, mask & fresh[:, None])
+
+
+def turn_returns(
+    turn_reward: Tensor, turn_mask: Tensor, turn: Tensor, mask: Tensor, *, gamma: float = 1.0, baseline: bool = True
+) -> Tensor:
+    """A_k = G_k - mean of G_k over the batch, G_k = r_k + gamma G_k+1, on every token of turn k: (N,T), in units of reward.
+
+    The reward-to-go of an utterance with a baseline for each turn of the episode: the on-policy control.
+    """
+    paid = inside(turn_reward, turn_mask)
+    total = torch.zeros_like(paid[:, 0])
+    columns = []
+    for k in reversed(range(paid.shape[1])):
+        total = paid[:, k] + gamma * total
+        columns.append(total)
+    earned = inside(torch.stack(columns[::-1], 1), turn_mask)
+    if baseline:
+        earned = earned - earned.sum(0) / turn_mask.sum(0).clamp(min=1)
+    return inside(earned.gather(1, turn.clamp(min=0)), mask)

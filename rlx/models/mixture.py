@@ -1,0 +1,86 @@
+"""A policy that is a mixture of others, token by token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlx.models.language import LanguageModel
+from rlx.models.reader import Reader
+from rlx.types import Ids, View
+
+
+def mixture(parts: Sequence[tuple[LanguageModel, float]]) -> LanguageModel:
+    """pi(y_t | y_<t) proportional to prod_i pi_i(y_t | y_<t)^w_i: the geometric mixture of some policies of one vocabulary.
+
+    The parts are the policies themselves: where one is trained, the mixture moves with it. It is never trained itself
+    (Nash-MD's opponent, Munos et al. 2023, arXiv 2312.00886, section 6).
+    """
+    made = copy.copy(parts[0][0])
+    made.__class__ = Mixture
+    made.heads = None
+    made.module = Mixed([policy.module for policy, _ in parts], [weight for _, weight in parts])
+    made.parts = list(parts)  # type: ignore[attr-defined]
+    return made
+
+
+class Mixture(LanguageModel):
+    """What `mixture` makes."""
+
+    parts: list[tuple[LanguageModel, float]]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """None: the parts are trained, or not, by themselves."""
+        return []
+
+    def reader(self, views: list[View], longest: int) -> Reader:
+        """The views, read by every part."""
+        return MixedReader([(policy.reader(views, longest), weight) for policy, weight in self.parts])
+
+
+class Mixed(nn.Module):
+    """The forward of a mixture, without a cache: logits = sum_i w_i log pi_i."""
+
+    def __init__(self, modules: Sequence[Any], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.members, self.weights = nn.ModuleList(modules), weights
+        self.config = modules[0].config
+
+    def forward(self, **settings: Any) -> SimpleNamespace:
+        """The logits of the mixture, (N,L,V)."""
+        return SimpleNamespace(
+            logits=mixed([(m(**settings).logits, w) for m, w in zip(self.members, self.weights, strict=True)])
+        )
+
+
+class MixedReader:
+    """Several readers of the same rows."""
+
+    def __init__(self, parts: Sequence[tuple[Reader, float]]) -> None:
+        self.parts = parts
+        self.ahead: list[Ids] = parts[0][0].ahead
+
+    @property
+    def logits(self) -> Tensor:
+        """(R,V) of the id that comes next."""
+        return mixed([(reader.logits, weight) for reader, weight in self.parts])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; a row may be named several times."""
+        for reader, _ in self.parts:
+            reader.keep(rows)
+
+    def read(self, token: Tensor) -> None:
+        """Read one more id in each row: (R,)."""
+        for reader, _ in self.parts:
+            reader.read(token)
+
+
+def mixed(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """sum_i w_i log softmax(logits_i), of the same shape."""
+    return torch.stack([weight * torch.log_softmax(logits.float(), -1) for logits, weight in parts]).sum(0)

@@ -1,0 +1,131 @@
+"""`collect`: a policy answers, rewards (a verifier, a reward model, a judge) label, and a data set is written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+from rlx.build import LANGUAGE
+from rlx.data.write import FORMS, Rows, jsonl
+from rlx.filters import chain
+from rlx.rewards.score import score
+from rlx.rollout import samplers
+from rlx.stages.context import Context
+from rlx.stages.fields import misnamed
+from rlx.stages.models import ModelSpec, as_spec, named, spec_problems, with_models
+from rlx.stages.summary import average, summary
+from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Play, Reward, Sampler, Sampling
+
+
+@dataclass(kw_only=True)
+class Collect:
+    """`group_size` answers to each prompt of `data` are paid and filtered; `rows` says what is written of each group.
+
+    | rows           | a group becomes |
+    |----------------|-----------------|
+    | pairs          | its best and its worst answer, chosen and rejected, if their rewards differ by more than `margin` |
+    | all_pairs      | every two answers whose rewards do |
+    | best           | its best answer, as a demonstration |
+    | demonstrations | every answer that is kept |
+    | prompts        | the prompt, where an answer is kept |
+
+    The rows are in out/rows.jsonl, and `data: "@NAME"` of a later stage reads them. They hold texts, with the rewards as
+    columns. `sampler: given` plays nothing and labels the answers that the data has. An answer that the token limit cut is
+    written as if it were whole: `keep: [untruncated]` leaves it out.
+    """
+
+    writes_rows: ClassVar[bool] = True
+
+    data: DataRef
+    reward: list[Component[Reward]]
+    rows: Literal["pairs", "all_pairs", "best", "demonstrations", "prompts"]
+    group_size: int = 1
+    margin: float = 0.0
+    policy: ModelRef | None = None
+    models: dict[str, ModelRef | ModelSpec] = field(default_factory=dict)
+    sampler: Component[Sampler] = Component("plain", samplers.plain)
+    keep: list[Component[Keep]] = field(default_factory=list)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    prompts_per_step: int = 64
+
+    def specs(self) -> dict[str, ModelSpec]:
+        """The models by name."""
+        return {"policy": as_spec(self.policy)} | {name: as_spec(given) for name, given in self.models.items()}
+
+    def problems(self, base: frozenset[str] = LANGUAGE) -> list[str]:
+        """What is wrong with the settings taken together."""
+        specs = self.specs()
+        found = spec_problems(specs) + misnamed(specs, reward=self.reward, keep=self.keep, sampler=[self.sampler])
+        if self.policy is not None and "policy" in self.models:
+            found.append("policy: given twice, here and in models")
+        if self.rows in ("pairs", "all_pairs") and self.group_size < 2 and samplers.plays(self.sampler):
+            found.append(f"group_size: rows: {self.rows} compares the answers to a prompt; 2 or more are needed")
+        return found
+
+    def asks_policy(self) -> bool:
+        """Whether the policy is needed at all."""
+        components = [*self.reward, *self.keep, self.sampler]
+        return samplers.plays(self.sampler) or any(model == "policy" for _, _, model in named(components))
+
+    def describe(self) -> str:
+        """What is written, in words."""
+        answers = f"{self.group_size} answers" if samplers.plays(self.sampler) else "the data's answers"
+        return f"{self.rows} from {answers} to each prompt"
+
+    def run(self, ctx: Context) -> dict[str, float]:
+        """Write the rows; what they are made of, over all steps."""
+        specs = self.specs()
+        loaded = ctx.models({name: spec for name, spec in specs.items() if name != "policy" or self.asks_policy()})
+        sampler = with_models(self.sampler, loaded)
+        keep = [with_models(k, loaded) for k in self.keep]
+        pay = partial(score, rewards=[with_models(r, loaded) for r in self.reward], where=f"stages.{ctx.name}.reward")
+        sampling = Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p)
+        asked = list(grouped(ctx.data(self.data)))[: self.limit]
+        rows: Rows = []
+        seen: list[Episode] = []
+        kept: list[Episode] = []
+        for step in ctx.steps(math.ceil(len(asked) / self.prompts_per_step)):
+            chosen = asked[(step - 1) * self.prompts_per_step : step * self.prompts_per_step]
+            play = Play(
+                policy=loaded.get("policy"),
+                make_env=ctx.make_env,
+                sampling=sampling,
+                seed=ctx.seeds(step),
+                make_vec=ctx.make_vec,
+                models=loaded,
+                score=pay,
+                step=step,
+            )
+            played = sampler.call(play, [row for group in chosen for row in group], self.group_size)
+            pay(played)
+            passed = chain([e for e in played if not math.isnan(e.reward) and e.turns], keep)
+            made = [row for group in grouped(passed) for row in FORMS[self.rows](group, self.margin)]
+            rows, seen, kept = rows + made, seen + played, kept + passed
+            ctx.log.step(step, measured(passed, played, made, len(chosen)), played[: 2 * self.group_size] if step == 1 else [])
+        if not rows:
+            raise DataError(
+                f"stages.{ctx.name}: none of {len(asked)} prompts made a row (rows: {self.rows}, {len(kept)} of {len(seen)} "
+                "answers kept)"
+            )
+        jsonl(rows, ctx.folder / "out" / "rows.jsonl")
+        return measured(kept, seen, rows, len(asked))
+
+
+def grouped(episodes: list[Episode]) -> Iterator[list[Episode]]:
+    """The episodes of each group, which stand together."""
+    return (list(group) for _, group in itertools.groupby(episodes, key=lambda e: e.group))
+
+
+def measured(kept: list[Episode], seen: list[Episode], rows: Rows, asked: int) -> dict[str, float]:
+    """What happened, how many rows it made, and how far apart the pairs are."""
+    margins = [row["chosen_reward"] - row["rejected_reward"] for row in rows if "chosen_reward" in row]
+    apart = {"margin": average(margins)} if margins else {}
+    return {**summary(kept, seen), "rows": float(len(rows)), "rows_per_prompt": len(rows) / max(1, asked), **apart}
