@@ -31,7 +31,8 @@ def letter_chain(
     if all its letters are, and the number of letters, so chance finds one in letters^length. `demos` and `guide_demos` hold
     `demos` answers each, in which a letter is drawn from all with probability `noise` (`guide_noise`), and else follows from
     the letter before it, whatever that is: imitation of them is right with (1 - noise + noise / letters)^length. `train` has
-    `train` random first letters; `test` has each letter once. Everything is a function of the settings.
+    `train` random first letters; `dev` and `test` have each letter once: there are no other
+    prompts, so they are the same. Everything is a function of the settings.
 
     Raises ConfigError: a setting out of range.
     """
@@ -47,6 +48,7 @@ def letter_chain(
             "demos": partial(_demonstrations, rule, length, noise, demos, (data_seed, 0)),
             "guide_demos": partial(_demonstrations, rule, length, guide_noise, demos, (data_seed, 1)),
             "train": partial(_questions, rule, length, _drawn(letters, train, (data_seed, 2))),
+            "dev": partial(_questions, rule, length, list(range(letters))),
             "test": partial(_questions, rule, length, list(range(letters))),
         },
         verifier=partial(answer_match, extract="whole"),
