@@ -34,8 +34,8 @@ def synth_pref(
 
     The gold reward, in units of its own, of a word of n letters, k of them asked for:
     k / 4 - (n - k) / 2 - max(0, n - 8) / 2. It is at most 2: eight letters, all asked for. The demonstrator writes 1 to 9
-    letters, so nearly all that a learned reward sees is short enough: there, one more right letter is always better. A policy that follows it
-    further writes on past the eighth letter, the learned reward goes on rising and the gold one falls.
+    letters, so nearly all that a learned reward sees is short enough: there, one more right letter is always better. A
+    policy that follows it further writes on past the eighth letter, the learned reward goes on rising and the gold one falls.
 
     Splits: `train`, `dev`, `test` are prompts, all different; `demos` the training prompts with an answer of the
     demonstrator's, of any quality; `pairs` two of its answers to a training prompt, of which the better is chosen with

@@ -90,8 +90,8 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = written(tmp_path, GOOD, {"chosen": "x", "rejected": "y"})
     hh_rlhf(path=path, malformed="skip")
     assert "1 rows that do not fit are left out; the first: " in capsys.readouterr().out
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 1000)[:20])
     with pytest.raises(DataError, match="not a whole gzip file"):
-        (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 1000)[:20])
         hh_rlhf(path=str(tmp_path / "cut.jsonl.gz"))
 
 
