@@ -37,7 +37,7 @@ def hh_rlhf(
 
 
 def hh_task(
-    *, path: str = HUB, dev: int = 200, test: int = 200, limit: int | None = None, malformed: Literal["error", "skip"] = "error"
+    *, path: str = HUB, dev: int = 200, test: int = 200, limit: int | None = None, malformed: Literal["error", "skip"] = "skip"
 ) -> TaskSource:
     """The task of `hh_rlhf`: preference pairs, and their prompts to be answered.
 

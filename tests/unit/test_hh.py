@@ -117,7 +117,11 @@ def test_twenty_steps_on_the_real_pairs(tmp_path: Path, recipe: str) -> None:
     words = [recipe, "task.name=hh_rlhf", f"task.path={REAL}", "task.malformed=skip", "stages.sft.data=@task/chosen"]
     sizes = ["model.layers=1", "model.hidden=16", "model.heads=1", "model.kv_heads=1", "model.ffn=32", "stages.sft.steps=1"]
     small = [f"stages.{s}.{k}" for s in ("sft", stage) for k in ("max_length=400", "rows_per_step=2")]
-    gone = ["stages.rm_test=null"] if recipe == "reward_model" else ["stages.test=null", "stages.dpo.eval=null"]
+    gone = (
+        ["stages.rm_test=null"]
+        if recipe == "reward_model"
+        else ["stages.test=null", "stages.dpo.eval=null", "stages.pairs=null", "stages.dpo.data=@task/pairs"]
+    )
     made = compose(
         [*words, *sizes, *small, *gone, f"objective={stage}/loss", f"stages.{stage}.steps=20", f"stages.{stage}.log_every=1"]
     )
