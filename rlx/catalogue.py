@@ -9,6 +9,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "collect": "rlx.stages.collect:Collect",
         "evaluate": "rlx.stages.evaluate:Evaluate",
         "merge": "rlx.stages.merge:Merge",
+        "repeat": "rlx.unroll:Repeat",
         "select": "rlx.stages.select:Select",
     },
     "loss": {

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from rlx.build import Binder
 from rlx.report.read import Run, lower_is_better, rows, series
 from rlx.types import ConfigError
+from rlx.unroll import unrolled
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 EXIT_STATUS: dict[str, int] = {"reproduced": 0, "not reproduced": 3, "inconclusive": 4}
@@ -139,7 +140,7 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
         for key, at in [*marks, *((f"show.{i}.at", shown.at) for i, shown in enumerate(claim.show))]:
             if at is not None and at not in AT and not REACH.fullmatch(at):
                 binder.errors.append(f"claim.{key}: {at!r} is not one of {', '.join(AT)}, reach@LEVEL")
-        present = [name for name, stage in config.get("stages", {}).items() if stage is not None]
+        present = [name for name, stage in unrolled(config.get("stages", {}), Binder()).items() if stage is not None]
         added = {path.split(".")[1] for path in claim.common if path.startswith("stages.")}
         for metric in claim.metrics:
             if metric.partition("/")[0] not in {*present, *added}:

@@ -416,7 +416,8 @@ def apply_caps(config: dict[str, Any]) -> list[str]:
     claim = config.get("claim")
     for key in ("common", "arms"):  # what a claim's arms change is held to the same sizes, without a word
         cap(claim.get(key) or {} if isinstance(claim, dict) else {}, f"claim.{key}")
-    for stage in stages.values():
+    rounds = [s.get("stages") for s in stages.values() if isinstance(s, dict)]  # those of a repeat are stages, too
+    for stage in [*stages.values(), *(s for inner in rounds if isinstance(inner, dict) for s in inner.values())]:
         kind = stage.get("kind") if isinstance(stage, dict) else None
         for key, value in ((caps.get("set") or {}).get(kind) or {}).items():
             stage[key] = value

@@ -16,6 +16,7 @@ from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
 from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelRef, Stage, TaskSource
+from rlx.unroll import moved, unrolled
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
 KEYS: dict[str, Any] = {
@@ -79,7 +80,8 @@ def plan(
     config: dict[str, Any], *, trusted: Sequence[str] = (), swapped: Collection[str] = (), given: Collection[str] = ()
 ) -> Plan:
     """Bind the config. Raises ConfigError with every mistake found, one line each."""
-    binder = Binder(trusted, frozenset(swapped), frozenset(given))
+    written = config["stages"] if isinstance(config.get("stages"), Mapping) else {}
+    binder = Binder(trusted, moved(swapped, written), moved(given, written))
     for key in config:
         if key not in KEYS:
             binder.errors.append(f"{key}: no such key at the top of a recipe{hint(key, KEYS)}")
@@ -92,10 +94,12 @@ def plan(
     task = bind_task(binder, config.get("task"))
     if task is not None:
         binder.provided = {("reward", "verifier"): verifier_of(task)}
-    given_stages = config.get("stages") or {}
-    nodes = {n: node for n, node in given_stages.items() if node is not None} if isinstance(given_stages, Mapping) else {}
-    if not given_stages:
+    if not config.get("stages"):
         binder.errors.append("stages: a recipe needs at least one stage")
+    elif written:
+        config = {**config, "stages": unrolled(written, binder)}
+    given_stages = config.get("stages")
+    nodes = {n: node for n, node in given_stages.items() if node is not None} if isinstance(given_stages, Mapping) else {}
     inputs = {name: stage_refs(node) for name, node in nodes.items()}
     check_refs(binder, nodes, task, no_task=config.get("task") is None)
     order = in_order(binder, inputs)

@@ -161,6 +161,12 @@ def test_a_judge_labels_the_answers_of_the_data_without_a_policy(tmp_path: Path)
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows(tmp_path)] == [("good", "bad")] * 2
 
 
+def test_what_could_not_be_scored_is_not_written(tmp_path: Path) -> None:
+    found = collect(lambda group: [float("nan"), *[1.0] * (len(group) - 1)], rows="demonstrations").run(context(tmp_path))
+    assert (found["rows"], found["reward/failures"]) == (12.0, 4.0)
+    assert {row["reward"] for row in rows(tmp_path)} == {1.0}
+
+
 def test_given_needs_answers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="prompts without an answer"):
         collect(sampler=Component("given", given)).run(context(tmp_path))

@@ -55,6 +55,7 @@ def test_local_draws_depend_on_the_conversation_and_the_seed_alone(policy: Any) 
     alone = local(ask("two"), **settings, seed=1)
     assert alone[0] == together[1]
     assert together[1][0] != together[1][1]
+    assert together[0][0] != together[1][0] != together[2][0]  # each conversation has draws of its own
     assert local(ask("two"), **settings, seed=2) != alone
 
 

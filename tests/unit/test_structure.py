@@ -48,6 +48,7 @@ learner
 paths catalogue health track report
 source
 build
+unroll
 plan
 compose
 stages
@@ -69,9 +70,10 @@ APART = {
     "track": {"types"},
     "report": {"types"},
     "build": {"types", "catalogue"},
-    "plan": {"types", "catalogue", "build", "paths"},
+    "unroll": {"build"},
+    "plan": {"types", "catalogue", "build", "paths", "unroll"},
     "compose": {"types", "build", "catalogue", "paths"},
-    "claims": {"types", "build", "report"},
+    "claims": {"types", "build", "report", "unroll"},
 }
 TOGETHER = {"data", "envs", "rewards"}
 # Slow to import, or not needed by most commands: imported inside the functions that use them.
