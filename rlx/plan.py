@@ -15,7 +15,7 @@ from typing import Any
 from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
-from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelRef, Stage, TaskSource
+from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelName, ModelRef, Stage, TaskSource
 from rlx.unroll import moved, unrolled
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
@@ -105,6 +105,7 @@ def plan(
     order = in_order(binder, inputs)
     stages = {name: bind_stage(binder, name, nodes[name], model_offers(model)) for name in order}
     check_rows(binder, stages)
+    check_models(binder, stages)
     check_verifier(binder, stages, no_task=config.get("task") is None)
     if model is not None and model.settings.get("trust_remote_code"):
         check_trust(binder, stages)
@@ -176,6 +177,31 @@ def check_verifier(binder: Binder, stages: Mapping[str, Any], *, no_task: bool) 
         calls = [getattr(reward.call, "func", None) for reward in getattr(stage, "reward", []) if reward is not None]
         if no_task and any(call.__module__ == "rlx.rewards.rules" and call.__name__ == "verifier" for call in calls if call):
             binder.errors.append(f"stages.{name}.reward: the recipe has no task, so it has no verifier; give task=NAME")
+
+
+def check_models(binder: Binder, stages: Mapping[str, Any]) -> None:
+    """A setting that names a model of the stage stands where the stage puts the model in its place."""
+    for name, stage in stages.items():
+        for f in dataclasses.fields(stage) if stage is not None else ():
+            if f.name not in getattr(stage, "gives_models_to", ()):
+                for component, key in model_names(getattr(stage, f.name)):
+                    binder.errors.append(
+                        f"stages.{name}.{f.name}: {component!r} is given a model of the stage ({key}), which works in "
+                        "the reward, keep and sampler of online and collect only"
+                    )
+
+
+def model_names(node: Any) -> Iterator[tuple[str, str]]:
+    """(component, key) of each setting below a node that names a model of the stage."""
+    if isinstance(node, Component):
+        yield from ((node.name, key) for key, value in node.settings.items() if isinstance(value, ModelName))
+        children: Any = node.settings.values()
+    elif dataclasses.is_dataclass(node):
+        children = [getattr(node, f.name) for f in dataclasses.fields(node)]
+    else:
+        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    for child in children:
+        yield from model_names(child)
 
 
 def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:

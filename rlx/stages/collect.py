@@ -39,6 +39,7 @@ class Collect:
     """
 
     writes_rows: ClassVar[bool] = True
+    gives_models_to: ClassVar[tuple[str, ...]] = ("reward", "keep", "sampler")
 
     data: DataRef
     reward: list[Component[Reward]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
@@ -42,6 +43,8 @@ class Online:
     `keep` dropped. Sampled log-probs are the old policy's: no forward is spent on them, and their gap to the training
     forward is logged.
     """
+
+    gives_models_to: ClassVar[tuple[str, ...]] = ("reward", "keep", "sampler")
 
     data: DataRef
     reward: list[Component[Reward]]

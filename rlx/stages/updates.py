@@ -80,6 +80,11 @@ class Trained:
     update: Update
     reads: set[str]
 
+    @property
+    def credited(self) -> str:
+        """The derives and advantages of its batch: updates on `kept` that share them share the batch."""
+        return repr((self.spec.derive, self.spec.advantage))
+
 
 def learners(stage: Online, loaded: Mapping[str, Any]) -> list[Trained]:
     """An optimiser for each update. The first to train the policy on what was kept compares its log-probs."""
@@ -121,12 +126,10 @@ def train(
 ) -> tuple[dict[str, float], Batch | None]:
     """Run the updates that are due, in order; their metrics, and the batch of the kept episodes.
 
-    The batch of `kept` is made once: what its fields say is of the time before the step's first update. `names` are columns
-    of the data that become fields.
+    The batches of `kept` are made first: what their fields say is of the time before the step's first update. A batch of a
+    buffer is of the time before its draw's update. `names` are columns of the data that become fields.
     """
     owners = {name: models[u.spec.train] for u in updates for name in models[u.spec.train].offers}
-    metrics: dict[str, float] = {}
-    whole: dict[str, Batch] = {}
 
     def batch_of(u: Trained, episodes: list[Episode], wanted: set[str]) -> Batch:
         batch = models[u.spec.train].collate(episodes)
@@ -135,21 +138,22 @@ def train(
         credit(batch, u.spec.derive or [], u.spec.advantage or [])
         return batch
 
-    for u in updates:
-        size = len(kept) if u.spec.on == "kept" else len(buffers[u.spec.on].episodes)
-        if not size or not u.spec.due(step, size):
-            continue
+    sizes = {"kept": len(kept), **{name: len(buffer.episodes) for name, buffer in buffers.items()}}
+    due = [u for u in updates if sizes[u.spec.on] and u.spec.due(step, sizes[u.spec.on])]
+    whole: dict[str, Batch] = {}
+    alike = {u.credited: [v for v in due if v.spec.on == "kept" and v.credited == u.credited] for u in due}
+    for credited, together in alike.items():
+        if together:
+            whole[credited] = batch_of(together[0], list(kept), {name for v in together for name in v.reads})
+    metrics: dict[str, float] = {}
+    for u in due:
         found: list[dict[str, float]] = []
         for draw in range(u.spec.steps):
             seed = ctx.seeds(step, draw)
-            if u.spec.on != "kept":
-                batch = batch_of(u, buffers[u.spec.on].draw(u.spec.rows, (*seed, 2)), u.reads)
+            if u.spec.on == "kept":
+                batch = whole[u.credited]
             else:
-                key = repr((u.spec.derive, u.spec.advantage))
-                if key not in whole:
-                    alike = [v for v in updates if v.spec.on == "kept" and repr((v.spec.derive, v.spec.advantage)) == key]
-                    whole[key] = batch_of(u, list(kept), {name for v in alike for name in v.reads})
-                batch = whole[key]
+                batch = batch_of(u, buffers[u.spec.on].draw(u.spec.rows, (*seed, 2)), u.reads)
             found.append(u.learner.step(batch, u.update, seed))
             follow(models, specs, u.spec.train)
         label = f"{u.name}/" if u.name else ""

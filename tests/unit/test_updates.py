@@ -80,23 +80,20 @@ def test_an_update_of_a_frozen_rate_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_old_fields_are_of_the_time_before_the_updates(tmp_path: Path) -> None:
-    """With a critic that jumps, the actor's advantage still sees its values of the step's beginning."""
+    """With a critic that jumps, the actor's advantage sees its values of the step's beginning, wherever the actor stands."""
     seen: list[Any] = []
 
     def spy(ret: Any, old_value: Any, mask: Any) -> Any:
         seen.append(old_value.clone())
         return baseline(ret, old_value, mask)
 
-    stage = two()
-    stage.updates["critic"].lr = 1.0
-    stage.updates["actor"] = UpdateSpec(loss=[PG], advantage=[Component("spy", spy, BASELINE.reads)])
-    stage.steps = 1
-    stage.updates = dict(reversed(stage.updates.items()))  # actor first: the same values as critic first
-    stage.run(context(tmp_path, "a"))
-    stage.updates = dict(reversed(stage.updates.items()))
-    stage.advantage = stage.updates["actor"].advantage or []
-    stage.updates["actor"].advantage = None
-    stage.run(context(tmp_path / "b", "a"))
+    for order in (("actor", "critic"), ("critic", "actor")):
+        stage = two()
+        stage.steps = 1
+        stage.updates["critic"].lr = 1.0
+        stage.updates["actor"] = UpdateSpec(loss=[PG], advantage=[Component("spy", spy, BASELINE.reads)])
+        stage.updates = {name: stage.updates[name] for name in order}
+        stage.run(context(tmp_path / order[0], "rl"))
     assert torch.equal(seen[0], seen[1])
 
 
@@ -364,3 +361,15 @@ def test_a_row_of_an_episode_says_what_is_plain() -> None:
     two = replace(one, turns=[turn("3", [Message("tool", "no")]), turn("4")])
     talk = [*prompt, {"role": "assistant", "content": "3"}, {"role": "tool", "content": "no"}]
     assert row_of(two) == {**said, "messages": [*talk, {"role": "assistant", "content": "4"}]}
+
+
+def test_a_model_is_named_only_where_the_stage_puts_it_in_place() -> None:
+    fit = {"kind": "fit", "data": "@task/demos", "loss": ["nll"], "steps": 1, "lr": 0.1}
+    test = {"kind": "evaluate", "policies": {"a": "@a"}, "data": "@task/test", "metrics": ["accuracy"]}
+    test["verifier"] = {"name": "model_score", "model": "nobody"}
+    with pytest.raises(ConfigError) as error:
+        plan({"task": {"name": "arithmetic"}, "stages": {"a": fit, "test": test}})
+    assert str(error.value) == (
+        "stages.test.verifier: 'model_score' is given a model of the stage (model), which works in the reward, keep and "
+        "sampler of online and collect only"
+    )
