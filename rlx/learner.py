@@ -123,6 +123,8 @@ class TorchLearner:
         counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
+        if not any(batch[mask_of(term)].any() for term in update.loss):
+            return {}  # nothing for this update: the momentum of earlier steps is no reason to move
         self._begin_state(update)
         batch["index"] = torch.arange(len(batch.inputs), device=self.policy.device)
         wants = (update.reads | ({"logp"} if check_gap else set())) & self.policy.offers
@@ -251,6 +253,8 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
     """
     mask = fields[mask_of(term)]
     x = term.call(*(fields[name] for name in term.reads))
+    if x.dim() == 0 and not marked(term.call, "whole_batch"):
+        raise ConfigError(f"loss {term.name!r} is one number for the whole batch: mark it @whole_batch (rlx/learner.py)")
     if term.reduce is not None and x.dim() < 2:
         what = "sequence" if len(x.shape) and len(x) == len(mask) else "group"
         raise ConfigError(

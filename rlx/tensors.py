@@ -35,6 +35,12 @@ def seq_sum(x: Tensor, mask: Tensor) -> Tensor:
     return inside(x, mask).sum(-1)
 
 
+def by_turn(x: Tensor, turn: Tensor, turns: int) -> Tensor:
+    """Sum of `x` (N,T) over the trained positions of each turn: (N,K)."""
+    total = x.new_zeros(x.shape[0], turns + 1)
+    return total.scatter_add(1, torch.where(turn < 0, turns, turn), inside(x, turn >= 0))[:, :turns]
+
+
 def seq_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of `x` (N,T) over each sequence's trained positions: (N,); 0 for a sequence that has none."""
     return seq_sum(x, mask) / mask.sum(-1).clamp(min=1)

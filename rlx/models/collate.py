@@ -21,7 +21,10 @@ def batch_of(episodes: Sequence[Episode], inputs: list[Any], device: torch.devic
     """
     rows = [positions(episode) for episode in episodes]
     streams = {name for row in rows for name in row}
-    fields = {name: pad([row.get(name, row["turn"] * 0) for row in rows], -1 if name == "turn" else 0) for name in streams}
+    kinds = {name: next(row[name].dtype for row in rows if name in row) for name in streams}
+    empty = [{name: np.zeros(len(row["turn"]), kinds[name]) for name in streams if name not in row} for row in rows]
+    rows = [{**row, **more} for row, more in zip(rows, empty, strict=True)]
+    fields = {name: pad([row[name] for row in rows], -1 if name == "turn" else 0) for name in streams}
     agents = {agent: i for i, agent in enumerate(sorted({e.agent for e in episodes}))}
     fields |= {
         "ret": torch.tensor([e.reward for e in episodes], dtype=torch.float32),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from rlx.types import ConfigError, Episode, Status, TextPolicy
+from rlx.types import ConfigError, Episode, TextPolicy
 
 
 @torch.no_grad()
@@ -22,15 +20,6 @@ def model_score(episodes: list[Episode], *, model: TextPolicy, head: str = "scor
     """
     if head not in model.offers:
         raise ConfigError(f"reward model_score: the model has no head {head!r}; it offers {', '.join(sorted(model.offers))}")
-    batch = model.collate([encoded(episode, model) for episode in episodes])
+    batch = model.collate([model.tokenize(episode) for episode in episodes])
     found = model.forward(batch, {head})[head]
     return [float(x) - shift for x in found.tolist()]
-
-
-def encoded(episode: Episode, model: TextPolicy) -> Episode:
-    """The episode in the model's own tokens."""
-    made = model.tokenize(episode)
-    if episode.status is Status.TRUNCATED and len(made.turns[-1].did):
-        last = made.turns[-1]
-        made.turns[-1] = replace(last, did=last.did[:-1], logp=last.logp[:-1])
-    return made

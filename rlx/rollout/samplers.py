@@ -28,7 +28,7 @@ from rlx.types import (
 
 def plain(play: Play, rows: list[Episode], n: int) -> list[Episode]:
     """`n` episodes of each row's task, group by group. The draws of (seed, row, sample, turn) depend on nothing else."""
-    episodes = [Episode(row.task, row.group) for row in rows for _ in range(n)]
+    episodes = [Episode(row.task, row.group) for row in one_a_group(rows) for _ in range(n)]
     envs = [play.make_env() for _ in episodes]
     talks = [list(env.reset(e.task)) for env, e in zip(envs, episodes, strict=True)]
     finish(play, episodes, envs, talks, n)
@@ -48,6 +48,11 @@ given.idle = True  # type: ignore[attr-defined]  # it asks no policy
 def plays(sampler: Component[Sampler]) -> bool:
     """Whether a sampler asks the policy for anything."""
     return not getattr(getattr(sampler.call, "func", sampler.call), "idle", False)
+
+
+def one_a_group(rows: list[Episode]) -> list[Episode]:
+    """The first row of each group: the two rows of a pair ask the same thing, and would be played with the same draws."""
+    return list({row.group: row for row in reversed(rows)}.values())[::-1]
 
 
 def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[list[Message]], n: int) -> None:

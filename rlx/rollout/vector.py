@@ -44,7 +44,7 @@ def vector(play: Play, rows: list[Episode], n: int) -> list[Episode]:
         length[live] += 1
         for i in live[terminated[live]].tolist():
             episodes[i].status = Status.FINISHED
-        cut = live[truncated[live]]
+        cut = live[(truncated & ~terminated)[live]]  # at the limit and at its end: ended
         live = live[~(terminated | truncated)[live]]
         close(play, [episodes[i] for i in cut], seen[cut])
     close(play, [episodes[i] for i in live], seen[live])

@@ -54,6 +54,7 @@ class Buffer:
         if not self.spec.resample or not self.episodes:
             return
         self._pool = self.some(self.spec.states, np.random.default_rng((*seed, 0)))
+        self._fresh = {}
         made = resampled(models[self.spec.resample], self._pool, sampling, (*seed, 1))
         for episode in self._pool:
             self._fresh[id(episode)], made = made[: len(episode.turns)], made[len(episode.turns) :]

@@ -158,12 +158,12 @@ class Context(Sources):
         Checkpoints are written after the shares of the steps that `at` names (20%), under those names.
         """
         self.log.begin(total)
-        shares = {max(1, round(total * float(share.removesuffix("%")) / 100)): share for share in at}
+        shares = [(max(1, round(total * float(share.removesuffix("%")) / 100)), share) for share in at]
         for step in range(1, total + 1):
             self.step = step
             yield step
-            if step in shares:
-                self.checkpoint(checkpoint_name(shares[step]))
+            for share in (name for when, name in shares if when == step):
+                self.checkpoint(checkpoint_name(share))
             if self.log.stopped:
                 break
 

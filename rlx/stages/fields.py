@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlx.build import hint
+from rlx.learner import marked
 from rlx.stages.models import ModelSpec, named, offers, prefix
 from rlx.types import FIELDS, Component
 
@@ -46,7 +47,8 @@ def problems(
     before = (available(specs, base, trained, derive) | set(extra)) - set(absent)
     found = []
     for group, components in (("derive", derive), ("advantage", advantage), ("loss", loss), ("watch", watch)):
-        made = before | (forward | {"adv"} if group in ("loss", "watch") else set())
+        states = {state[0] for c in components if (state := marked(c.call, "state"))}
+        made = before | states | (forward | {"adv"} if group in ("loss", "watch") else set())
         for component in components:
             for name in component.reads:
                 if name == "adv" and "adv" not in absent and not advantage and group in ("loss", "watch"):

@@ -65,6 +65,8 @@ def spec_problems(specs: Mapping[str, ModelSpec]) -> list[str]:
         for key, other in (("ema", spec.ema), ("refresh.to", spec.refresh.to if spec.refresh else "")):
             if other and other not in specs:
                 found.append(f"{at}.{key}: the stage has no model {other!r}{hint(other, specs)}")
+        if spec.ema in specs and (specs[spec.ema].ema or specs[spec.ema].mix):
+            found.append(f"{at}.ema: {spec.ema!r} follows others itself; a target follows a model with weights of its own")
         for other in spec.mix:
             if other not in specs or specs[other].ema or specs[other].mix:
                 plain = [n for n, s in specs.items() if not s.ema and not s.mix]

@@ -8,7 +8,7 @@ import torch
 
 from rlx.learner import computed
 from rlx.stages.models import prefix
-from rlx.tensors import seq_sum
+from rlx.tensors import by_turn, seq_sum
 from rlx.types import Advantage, Batch, Component, Derive, Episode, Policy
 
 
@@ -52,6 +52,8 @@ def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequenc
         batch[d.into] = batch[d.into] + value if d.add else value
         if d.into == "reward":  # what is paid along the way is part of the total
             batch["ret"] = seq_sum(batch["reward"], batch["mask"])
+            if "turn_reward" in batch:
+                batch["turn_reward"] = by_turn(batch["reward"], batch["turn"], batch["turn_mask"].shape[1])
     if advantage:
         parts = [a.weight * a.call(*(batch[name] for name in a.reads)) for a in advantage]
         batch["adv"] = sum(parts[1:], parts[0])

@@ -157,5 +157,7 @@ def train(
             found.append(u.learner.step(batch, u.update, seed))
             follow(models, specs, u.spec.train)
         label = f"{u.name}/" if u.name else ""
-        metrics |= {f"{label}{k}": float(np.mean([m[k] for m in found])) for k in found[0]}
+        metrics |= {
+            f"{label}{k}": float(np.mean([m[k] for m in found if k in m])) for k in dict.fromkeys(k for m in found for k in m)
+        }
     return metrics, next(iter(whole.values()), None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlx import reduce
 from rlx.learner import NonFinite, TorchLearner, Update, reduced, stateful, step_counts, whole_batch
 from rlx.models.language import LanguageModel
+from rlx.optim import adamw
 from rlx.tensors import inside, seq_sum
 from rlx.types import Batch, Component, ConfigError, Counts
 
@@ -93,15 +94,6 @@ def test_two_passes_equal_one(term: Callable[..., Tensor], budget: int) -> None:
     torch.testing.assert_close(again, gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_without_its_mark_a_coupled_term_depends_on_the_split() -> None:
-    def unmarked(logp: Tensor, mask: Tensor) -> Tensor:
-        return against_median(logp, mask)
-
-    whole, _ = step([component(unmarked, "logp", "mask")])
-    cut, _ = step([component(unmarked, "logp", "mask")], 60)
-    assert abs(cut["loss"] - whole["loss"]) > 0.01
-
-
 # --------------------------------------------------------------------------- masks of its own
 def half_mask(made: LanguageModel, batch: Batch) -> Batch:
     batch["value_mask"] = batch["mask"].clone()
@@ -178,3 +170,27 @@ def test_a_state_moves_after_each_step(budget: int) -> None:
     said = [learner.step(batch, update, (i,))["loss"] for i in range(3)]
     assert said == pytest.approx([mean, mean / 2, mean / 4], rel=1e-5)
     assert float(learner.state["centre"]) == pytest.approx(mean * 7 / 8, rel=1e-5)
+
+
+def test_one_number_without_the_mark_is_refused() -> None:
+    def unmarked(logp: Tensor, mask: Tensor) -> Tensor:
+        return inside(logp, mask).sum()
+
+    with pytest.raises(ConfigError, match="mark it @whole_batch"):
+        step([component(unmarked, "logp", "mask")])
+
+
+def test_an_update_whose_own_mask_is_empty_moves_nothing() -> None:
+    made = model()
+    batch = half_mask(made, made.collate(random_episodes(6)))
+    batch["value_mask"] = torch.zeros_like(batch["mask"])
+
+    def nll(logp: Tensor, mask: Tensor) -> Tensor:
+        return -inside(logp, mask)
+
+    learner = TorchLearner(made, Component("adamw", adamw), lr=0.1, total=2)
+    learner.step(batch, Update([component(nll, "logp", "mask")], TOKEN_MEAN), (0,))
+    before = weights(made)
+    assert learner.step(batch, Update([component(nll, "logp", "value_mask")], TOKEN_MEAN), (1,)) == {}
+    assert torch.equal(weights(made), before)
+    assert learner.steps == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from architectures import CONFIGS, episode, model, random_episodes
@@ -188,3 +189,14 @@ def test_save_replaces_a_folder_and_leaves_nothing_beside_it(small: LanguageMode
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out" / "stale").exists()
+
+
+def test_a_stream_that_some_turns_lack_keeps_its_values_whatever_the_order(small: LanguageModel) -> None:
+    one, two = episode(([10], [11, 12])), episode(([10], [11, 12, 13]))
+    two.turns[0].token = {"bonus": np.array([0.5, 0.25, 0.0], np.float32), "by_guide": np.array([True, False, True])}
+    for order in ([one, two], [two, one]):
+        batch = small.collate(order)
+        row = int(order[1] is two)
+        assert batch["bonus"][row].tolist() == [0.5, 0.25, 0.0]
+        assert batch["by_guide"][row].tolist() == [True, False, True]
+        assert not batch["bonus"][1 - row].any()

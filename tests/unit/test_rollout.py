@@ -246,3 +246,10 @@ def test_a_reply_that_is_neither_done_nor_a_message_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         play(Scripted([*bytes_of("b"), 1]), Silent)
     assert str(error.value) == "environment Silent: its reply is neither done nor holds a message"
+
+
+def test_a_group_of_several_rows_is_played_once() -> None:
+    policy = tiny(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8)
+    policy.engine = Scripted([1], [1], [1])
+    pair = [Episode(Task((Message("user", "hi"),)), 5), Episode(Task((Message("user", "hi"),)), 5)]
+    assert [e.group for e in plain(Play(policy, Chat, Sampling(8), (0,)), pair, 2)] == [5, 5]
