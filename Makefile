@@ -22,7 +22,7 @@ demo: $(READY) ## train recipe=grpo_math: SFT, then GRPO beside more SFT; prints
 	$(BIN)/rlx train recipe=grpo_math
 
 test: $(READY) ## run the tests in two processes of one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
