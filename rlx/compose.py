@@ -154,10 +154,10 @@ def prepare(arguments: Sequence[str], known: Mapping[str, RecipeFile], *, sweep:
         if is_hydra(key):
             if not sweep:
                 wrong.append(f"{given}: Hydra's own settings are for sweeps (rlx train -m)")
-        elif (top := key.lstrip("+~").partition(".")[0]) in HEADER:
-            wrong.append(f"{given}: `{top}` is what a recipe says about itself; change it in the recipe's file")
         elif RESOLVER.search(given):
             wrong.append(f"{given}: resolvers are not for configs; a value may only refer to keys of the recipe")
+        elif (top := key.lstrip("+~").partition(".")[0]) in HEADER:
+            wrong.append(f"{given}: `{top}` is what a recipe says about itself; change it in the recipe's file")
         elif said := unreadable(text, sweep=sweep):
             wrong.append(f"{given}: {said}")
         elif key in options and not any(c in value for c in "($"):
