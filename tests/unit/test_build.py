@@ -65,7 +65,7 @@ def test_a_key_that_a_swapped_component_does_not_take_is_dropped_unless_it_was_g
         (dict[str, int], {"a": "b"}, "x.a: expected a whole number, got 'b'"),
         (ModelRef, 3, "x: expected @stage, a directory or a hub id, got 3"),
         (ModelRef, "@sft:bset", "x: '@sft:bset' asks for 'bset'; known: @sft, @sft:best, @sft:step=80, @sft:20%"),
-        (DataRef, "@tsk/a", "x: expected @task/SPLIT or a data set such as {name: jsonl, path: FILE}, got '@tsk/a'"),
+        (DataRef, "@a/b/c", "x: expected @task/SPLIT or a data set such as {name: jsonl, path: FILE}, got '@a/b/c'"),
         (int | None, "a", "x: expected a whole number, got 'a'"),
     ],
 )
