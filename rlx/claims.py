@@ -30,6 +30,8 @@ REACH = re.compile(r"reach@(-?\d+(?:\.\d+)?)")
 class Check:
     """`metric` of `arm` minus `times` that of `minus`, paired by seed, held against `min` or `max`.
 
+    `less`: another metric of the same run, taken off on both sides: what noise costs is `metric: test/x, less: noisy/x`.
+
     `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, tail minus
     head (growth), or the step at which it first is as good as a level (reach@0.8). `minus_metric` and `minus_at` default to
     `metric` and `at`. Without `minus` the value itself is held against the bound. "At most half of the control's" is
@@ -37,6 +39,7 @@ class Check:
     """
 
     metric: str
+    less: str | None = None
     at: str = "last"
     arm: str = METHOD
     minus: str | None = None
@@ -47,7 +50,8 @@ class Check:
     max: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.metric} ({self.at}) of {self.arm}"
+        metric = self.metric if self.less is None else f"{self.metric} less {self.less}"
+        text = f"{metric} ({self.at}) of {self.arm}"
         if self.minus is not None:
             other = (
                 ""
@@ -96,19 +100,20 @@ class Claim:
     @property
     def metrics(self) -> list[str]:
         """Every metric that a check or the table needs."""
-        checked = [m for c in self.checks for m in (c.metric, c.minus_metric) if m]
+        checked = [m for c in self.checks for m in (c.metric, c.less, c.minus_metric) if m]
         return list(dict.fromkeys([*checked, *(s.metric for s in self.show)]))
 
     def read_of(self, arm: str) -> list[str]:
         """The metrics that the checks read of one arm; of the method also those that are shown."""
         checked = [c.metric for c in self.checks if c.arm == arm]
         minus = [c.minus_metric or c.metric for c in self.checks if c.minus == arm]
-        return list(dict.fromkeys([*checked, *minus, *(s.metric for s in self.show if arm == METHOD)]))
+        less = [c.less for c in self.checks if c.less is not None and arm in (c.arm, c.minus)]
+        return list(dict.fromkeys([*checked, *minus, *less, *(s.metric for s in self.show if arm == METHOD)]))
 
     @property
     def columns(self) -> list[tuple[str, str]]:
         """The columns of the result's table: what is checked, then what is shown."""
-        checked = [(c.metric, c.at) for c in self.checks]
+        checked = [(m, c.at) for c in self.checks for m in (c.metric, c.less) if m]
         return list(dict.fromkeys([*checked, *((s.metric, s.at) for s in self.show)]))
 
     def settings(self) -> list[dict[str, Any]]:
@@ -178,6 +183,11 @@ def value_at(run: Run, metric: str, at: str) -> float:
     return pick[at] if at != "best" else best(finite, default=math.nan)
 
 
+def gap(run: Run, metric: str, less: str | None, at: str) -> float:
+    """A metric of a run, or how far it is above another one."""
+    return value_at(run, metric, at) - (0.0 if less is None else value_at(run, less, at))
+
+
 def reached(run: Run, metric: str, level: float) -> float:
     """The step at which a curve first is as good as `level`; its last step where it never is: it takes at least so long."""
     stage, _, key = metric.partition("/")
@@ -228,11 +238,12 @@ def outcomes(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Sequence[
     for check in claim.checks:
         values, paired = [], []
         for seed in seeds:
-            value = value_at(runs[check.arm, seed], check.metric, check.at)
+            value = gap(runs[check.arm, seed], check.metric, check.less, check.at)
             if check.minus is None:
                 values.append(value)
                 continue
-            other = value_at(runs[check.minus, seed], check.minus_metric or check.metric, check.minus_at or check.at)
+            metric, at = check.minus_metric or check.metric, check.minus_at or check.at
+            other = gap(runs[check.minus, seed], metric, check.less, at)
             values.append(value - check.times * other)
             paired.append(value - other)
         out.append(Outcome(check, values, paired))

@@ -1,6 +1,7 @@
 """The claim engine: what a recipe may claim, the number that a curve gives, and the rule from differences to a verdict."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_recipe_without_a_claim():
         (
             {"checks": [{**CHECK, "maxx": 1.0}]},
             "claim.checks.0.maxx: a check takes no 'maxx'; did you mean 'max'? "
-            "(known: metric, at, arm, minus, minus_metric, minus_at, times, min, max)",
+            "(known: metric, less, at, arm, minus, minus_metric, minus_at, times, min, max)",
         ),
     ],
 )
@@ -126,6 +127,7 @@ def test_all_mistakes_are_told_at_once():
         ({"minus": "a", "minus_at": "head", "min": 0.1}, "rl/reward (last) of method minus rl/reward (head) of a >= 0.1"),
         ({"minus": "a", "minus_metric": "sft/x", "max": 0.0}, "rl/reward (last) of method minus sft/x (last) of a <= 0"),
         ({"minus": "a", "times": 0.5, "max": 0.0}, "rl/reward (last) of method minus 0.5 x a <= 0"),
+        ({"minus": "a", "less": "sft/x", "min": 0.0}, "rl/reward less sft/x (last) of method minus a >= 0"),
     ],
 )
 def test_a_check_in_words(check, said):
@@ -198,6 +200,22 @@ def test_arms_are_paired_by_seed():
     assert [o.values for o in found] == [[6.0, 8.0], [3.0, 4.0], [5.0, 6.0], [4.5, 6.0]]
     assert [o.paired for o in found] == [[], [3.0, 4.0], [5.0, 6.0], [3.0, 4.0]]
     assert [o.check for o in found] == checks
+
+
+def test_one_metric_less_another_is_compared_between_arms():
+    runs = {(arm, 0): curve(*values) for arm, values in {"method": (1.0, 6.0), "a": (3.0, 10.0)}.items()}
+    check = Check(metric="rl/reward", less="rl/length", arm="a", minus="method", min=0.0)
+    claim = Claim(says="", checks=[check], arms={"a": {}})
+    assert claim.metrics == claim.read_of("a") == claim.read_of("method") == ["rl/reward", "rl/length"]
+    assert claim.columns == [("rl/reward", "last"), ("rl/length", "last")]
+    logs = {key: replace(run, stages=[longer(run.stages[0], 2.0 if key[0] == "a" else 1.0)]) for key, run in runs.items()}
+    (found,) = outcomes(claim, logs, [0])
+    assert found.values == found.paired == [(10.0 - 2.0) - (6.0 - 1.0)]
+
+
+def longer(log, length):
+    """A log with a metric `length` in each row."""
+    return replace(log, metrics=[{**row, "length": length} for row in log.metrics])
 
 
 @pytest.mark.parametrize(
