@@ -106,6 +106,9 @@ def plan(
     stages = {name: bind_stage(binder, name, nodes[name], model_offers(model)) for name in order}
     check_rows(binder, stages)
     check_models(binder, stages)
+    check_weights(binder, stages)
+    if not binder.errors:  # references may go round in circles
+        check_mixes(binder, stages, model)
     check_verifier(binder, stages, no_task=config.get("task") is None)
     if model is not None and model.settings.get("trust_remote_code"):
         check_trust(binder, stages)
@@ -221,14 +224,61 @@ def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:
             )
 
 
+def check_weights(binder: Binder, stages: Mapping[str, Any]) -> None:
+    """A stage takes weights from one that writes weights."""
+    for name, stage in stages.items():
+        for path, ref in model_refs(stage, f"stages.{name}"):
+            if writes := getattr(stages.get(ref.stage), "instead_of_weights", ""):
+                binder.errors.append(f"{path}: '{ref}' names weights, and stage {ref.stage!r} writes {writes}")
+
+
+def check_mixes(binder: Binder, stages: Mapping[str, Any], model: Any) -> None:
+    """A mixture is of causal language models. Models of a directory or hub id are looked at when they are loaded."""
+    for name, stage in stages.items():
+        specs = specs_of(stage)
+        for mix, part in ((mix, part) for mix, spec in specs.items() for part in spec.mix):
+            made = maker_of(specs[part], stages, model) if part in specs else None
+            if made is not None and not getattr(getattr(made.call, "func", made.call), "mixes", True):
+                binder.errors.append(
+                    f"stages.{name}.models.{mix}.mix: {part!r} is a model {made.name!r}, which cannot be mixed; a mixture is "
+                    "of causal language models of text alone"
+                )
+
+
+def maker_of(spec: Any, stages: Mapping[str, Any], model: Any) -> Any:
+    """The model of the catalogue that a stage's model began as, through the stages that trained it; None: not known here."""
+    ref = spec.from_
+    if spec.model is not None or ref is None or ref.stage == "model":
+        return spec.model or model
+    specs = specs_of(stages.get(ref.stage))
+    return maker_of(specs[ref.name], stages, model) if ref.name in specs else None
+
+
+def specs_of(stage: Any) -> Mapping[str, Any]:
+    """The models of a stage by name; none of one that has no list of them."""
+    return stage.specs() if hasattr(stage, "specs") else {}
+
+
 def check_trust(binder: Binder, stages: Mapping[str, Any]) -> None:
     """Where the recipe's model brings code, each other directory or hub id that a stage loads brings its own."""
     for name, stage in stages.items():
-        values = [] if stage is None else [(f.name, getattr(stage, f.name)) for f in dataclasses.fields(stage)]
-        for key, value in values:
-            for ref in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(ref, ModelRef) and ref.path and not binder.trusts(ref.path):
-                    binder.errors.append(f"stages.{name}.{key}: with model.trust_remote_code this {untrusted(ref.path)}")
+        for path, ref in model_refs(stage, f"stages.{name}"):
+            if ref.path and not binder.trusts(ref.path):
+                binder.errors.append(f"{path}: with model.trust_remote_code this {untrusted(ref.path)}")
+
+
+def model_refs(node: Any, path: str) -> Iterator[tuple[str, ModelRef]]:
+    """Every reference to weights below a bound node, with its dotted path."""
+    if isinstance(node, ModelRef):
+        yield path, node
+    elif isinstance(node, Component):
+        yield from model_refs(node.settings, path)
+    elif dataclasses.is_dataclass(node):
+        for f in dataclasses.fields(node):
+            yield from model_refs(getattr(node, f.name), f"{path}.{f.name.removesuffix('_')}")
+    elif isinstance(node, Mapping | list):
+        for key, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from model_refs(child, f"{path}.{key}")
 
 
 def bind_stage(binder: Binder, name: str, node: Any, base: frozenset[str]) -> Any:

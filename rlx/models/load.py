@@ -92,6 +92,9 @@ def tiny_t5(
     return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny_t5")
 
 
+tiny_t5.mixes = False  # type: ignore[attr-defined]  # see check_mixes in rlx/plan.py
+
+
 def pretrained(
     *,
     path: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,27 +11,29 @@ from torch import Tensor, nn
 
 from rlx.models.language import LanguageModel
 from rlx.models.reader import Reader
-from rlx.types import Ids, View
-
-
-def mixture(parts: Sequence[tuple[LanguageModel, float]]) -> LanguageModel:
-    """pi(y_t | y_<t) proportional to prod_i pi_i(y_t | y_<t)^w_i: the geometric mixture of some policies of one vocabulary.
-
-    The parts are the policies themselves: where one is trained, the mixture moves with it. It is never trained itself
-    (Nash-MD's opponent, Munos et al. 2023, arXiv 2312.00886, section 6).
-    """
-    made = copy.copy(parts[0][0])
-    made.__class__ = Mixture
-    made.heads = None
-    made.module = Mixed([policy.module for policy, _ in parts], [weight for _, weight in parts])
-    made.parts = list(parts)  # type: ignore[attr-defined]
-    return made
+from rlx.types import ConfigError, Ids, View
 
 
 class Mixture(LanguageModel):
-    """What `mixture` makes."""
+    """pi(y_t | y_<t) proportional to prod_i pi_i(y_t | y_<t)^w_i: the geometric mixture of some policies of one vocabulary.
 
-    parts: list[tuple[LanguageModel, float]]
+    `parts` are the policies themselves, with their weights: where one is trained, the mixture moves with it. It is never
+    trained itself (Nash-MD's opponent, Munos et al. 2023, arXiv 2312.00886, section 6).
+
+    Raises ConfigError: a part that is no causal language model of text, or parts of several vocabularies.
+    """
+
+    def __init__(self, parts: Sequence[tuple[LanguageModel, float]]) -> None:
+        first = parts[0][0]
+        for policy, _ in parts:
+            name = getattr(policy, "source", type(policy).__name__)
+            if type(policy) is not LanguageModel:  # what images, an encoder or observations would be, the forward cannot know
+                raise ConfigError(f"mix: model {name!r} is no causal language model of text alone, and only these are mixed")
+            if policy.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+                raise ConfigError(f"mix: models {first.source!r} and {name!r} have different vocabularies; mix those of one")
+        module = Mixed([policy.module for policy, _ in parts], [weight for _, weight in parts])
+        super().__init__(module, first.tokenizer, first.device, bf16=first.bf16, source=first.source)
+        self.parts, self.engine = list(parts), first.engine
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """None: the parts are trained, or not, by themselves."""
@@ -49,7 +50,7 @@ class Mixed(nn.Module):
     def __init__(self, modules: Sequence[Any], weights: Sequence[float]) -> None:
         super().__init__()
         self.members, self.weights = nn.ModuleList(modules), weights
-        self.config = modules[0].config
+        self.config, self.generation_config = modules[0].config, modules[0].generation_config
 
     def forward(self, **settings: Any) -> SimpleNamespace:
         """The logits of the mixture, (N,L,V)."""

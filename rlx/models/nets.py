@@ -204,7 +204,9 @@ def grid_net(
 
 
 mlp.offers = OFFERS  # type: ignore[attr-defined]
+mlp.mixes = False  # type: ignore[attr-defined]
 grid_net.offers = OFFERS  # type: ignore[attr-defined]
+grid_net.mixes = False  # type: ignore[attr-defined]
 MODULES: dict[str, type[nn.Module]] = {"mlp": Mlp, "grid_net": GridNet}
 
 

@@ -81,3 +81,6 @@ def tiny_vlm(
         torch.manual_seed(seed)
         module = AutoModelForImageTextToText.from_config(config)
     return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny_vlm")
+
+
+tiny_vlm.mixes = False  # type: ignore[attr-defined]

@@ -38,6 +38,7 @@ class Collect:
     written as if it were whole: `keep: [untruncated]` leaves it out.
     """
 
+    instead_of_weights: ClassVar[str] = "rows, which `data` takes"
     writes_rows: ClassVar[bool] = True
     gives_models_to: ClassVar[tuple[str, ...]] = ("reward", "keep", "sampler")
 

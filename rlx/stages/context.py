@@ -50,12 +50,12 @@ class Sources:
 
         Mixtures are of the models themselves.
         """
-        from rlx.models.mixture import mixture
+        from rlx.models.mixture import Mixture
 
         made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema and not spec.mix}
         made |= {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
         mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
-        return made | {name: mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
+        return made | {name: Mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
 
     def load(self, spec: ModelSpec) -> Any:
         """One model: its weights, its heads, and the rollout engine where it takes one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Measure, evaluate, interval, num_scored
@@ -12,6 +13,8 @@ from rlx.types import ModelRef
 @dataclass(kw_only=True)
 class Evaluate(Measure):
     """`policies` maps a name to the weights that are measured under it."""
+
+    instead_of_weights: ClassVar[str] = "metrics"
 
     policies: dict[str, ModelRef]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlx.build import LANGUAGE
 from rlx.filters import chain
@@ -24,6 +24,8 @@ class Select:
     `reward` is what the filters read (default: the task's verifier). Nothing is copied: what is written is which rows of the
     split belong to a name. `empty` says what a name without a row means: a mistake, or that it takes all rows.
     """
+
+    instead_of_weights: ClassVar[str] = "selections of rows, which `data` takes"
 
     data: DataRef
     into: dict[str, list[Component[Keep]]]

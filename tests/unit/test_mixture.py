@@ -7,18 +7,20 @@ import torch
 from architectures import ids, model, random_episodes
 from test_stages import by_sample, context, online
 
-from rlx.models.mixture import mixture
+from rlx.models.load import tiny_t5
+from rlx.models.mixture import Mixture
+from rlx.models.tiny_vlm import tiny_vlm
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec
-from rlx.types import Component, Episode, Play, Sampling, Task, View
+from rlx.types import Component, ConfigError, Episode, Play, Sampling, Task, View
 
 PARTS = [("policy", 0.75), ("reference", 0.25)]
 
 
 def test_log_probs_by_hand() -> None:
     a, b = model("llama", 0), model("llama", 1)
-    made = mixture([(a, 0.75), (b, 0.25)])
+    made = Mixture([(a, 0.75), (b, 0.25)])
     batch = a.collate(random_episodes(4))
     row, prompt = batch.inputs[0].ids, batch.inputs[0].prompt
     x = torch.from_numpy(row)[None]
@@ -34,17 +36,35 @@ def test_a_mixture_of_one_is_that_one() -> None:
     a = model("qwen2", 0)
     batch = a.collate(random_episodes(4))
     for name, x in a.forward(batch, {"logp", "entropy"}).items():
-        torch.testing.assert_close(mixture([(a, 1.0)]).forward(batch, {name})[name], x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(Mixture([(a, 1.0)]).forward(batch, {name})[name], x, atol=1e-5, rtol=0)
 
 
 def test_what_it_samples_has_its_log_probs() -> None:
-    made = mixture([(model("qwen2", 0), 0.5), (model("qwen2", 1), 0.5)])
+    made = Mixture([(model("qwen2", 0), 0.5), (model("qwen2", 1), 0.5)])
     made.engine = generate
     views = [View(ids(3, 60, 61, 4)), View(ids(3, 70, 4))]
     played = made.act(views, [[key(i, j) for j in range(4)] for i in range(2)], Sampling(8))
     batch = made.collate([Episode(Task(()), i, [turn]) for i, row in enumerate(played) for turn in row])
     logp = made.forward(batch, {"logp"})["logp"]
     torch.testing.assert_close(logp * batch["mask"], batch["rollout_logp"], atol=1e-5, rtol=0)
+
+
+def test_only_causal_models_of_one_vocabulary_are_mixed() -> None:
+    a = model("qwen2", 0)
+    for other in (tiny_t5(layers=1), tiny_vlm(layers=1)):
+        with pytest.raises(ConfigError, match=rf"^mix: model '{other.source}' is no causal language model of text alone"):
+            Mixture([(a, 0.5), (other, 0.5)])
+    b = model("qwen2", 1)
+    b.tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ConfigError, match=r"^mix: models 'qwen2' and 'qwen2' have different vocabularies"):
+        Mixture([(a, 0.5), (b, 0.5)])
+
+
+def test_a_mixture_ends_where_its_parts_end_and_plays_by_their_engine() -> None:
+    a = model("qwen2", 0)
+    a.engine = generate
+    made = Mixture([(a, 1.0)])
+    assert (made.end_ids, made.engine, made.heads) == (a.end_ids, generate, None)
 
 
 def test_a_stage_mixes_its_models(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -151,10 +151,59 @@ def test_a_trusted_model_does_not_vouch_for_others():
     with pytest.raises(ConfigError) as caught:
         plan(config, trusted=["a/b"])
     assert str(caught.value) == (
-        "stages.test.policies: with model.trust_remote_code this would run code that comes with the model; "
+        "stages.test.policies.other: with model.trust_remote_code this would run code that comes with the model; "
         "to allow it add --trust c/d"
     )
     assert plan(config, trusted=["a/b", "c/d"]).model.settings["trust_remote_code"] is True
+    config["stages"]["rl"]["models"] = {"old": {"from": "e/f"}}
+    with pytest.raises(ConfigError, match=r"^stages\.rl\.models\.old\.from: .* add --trust e/f$"):
+        plan(config, trusted=["a/b", "c/d"])
+
+
+WRITERS = {
+    "collect": ({"reward": "answer_match", "rows": "best"}, "rows, which `data` takes"),
+    "select": ({"into": {"some": ["mixed_groups"]}}, "selections of rows, which `data` takes"),
+    "evaluate": ({"policies": {"base": "@model"}, "metrics": ["accuracy"]}, "metrics"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_weights_come_from_a_stage_that_writes_some(kind):
+    settings, writes = WRITERS[kind]
+    config = changed("stages.rl.policy", "@before:best")
+    config["stages"]["before"] = {"kind": kind, "data": "@task/dev", **settings}
+    config["stages"]["rl"]["models"] = {"old": {"from": "@before"}}
+    with pytest.raises(ConfigError) as caught:
+        plan(config)
+    assert str(caught.value).splitlines() == [
+        f"stages.rl.policy: '@before:best' names weights, and stage 'before' writes {writes}",
+        f"stages.rl.models.old.from: '@before' names weights, and stage 'before' writes {writes}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "told"),
+    [
+        ("tiny_vlm", {}, ("policy", "tiny_vlm")),
+        ("tiny_t5", {"from": "@sft"}, ("policy", "tiny_t5")),
+        ("tiny", {"model": "tiny_t5"}, ("old", "tiny_t5")),
+        ("tiny", {"from": "@sft"}, None),
+        ("owner/name", {"from": "@sft"}, None),  # seen when it is loaded
+    ],
+)
+def test_only_causal_language_models_are_mixed(base, old, told):
+    config = changed("model", {"name": base})
+    config["stages"]["rl"]["models"] = {"old": old, "both": {"mix": {"policy": 0.5, "old": 0.5}}}
+    if told is None:
+        assert plan(config).stages["rl"].specs()["both"].mix
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan(config)
+    part, kind = told
+    assert str(caught.value).splitlines()[0] == (
+        f"stages.rl.models.both.mix: {part!r} is a model {kind!r}, which cannot be mixed; a mixture is of causal language "
+        "models of text alone"
+    )
 
 
 def test_dropped_keys_leave_the_config_wherever_they_stood():
