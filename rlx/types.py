@@ -182,7 +182,7 @@ FIELDS: dict[str, Field] = {
     "returns": Field("N,T", "float", "derive", "target of the critic at each position"),
     "ret": Field("N", "float", "collate", "total reward of the episode"),
     "bootstrap": Field(
-        "N", "float", "collate", "value of the state after the last position of an episode that was cut, else 0"
+        "N", "float", "collate", "value of the state after an episode that its environment of arrays cut; 0 else, and for text"
     ),
     "label": Field("N", "float", "collate", "label of the row: 1 for a demonstration, +1 or -1 in a pair"),
     "group": Field("N", "long", "collate", "index of the prompt: equal for the episodes of one group"),

@@ -134,7 +134,7 @@ def answer(episode: Episode, env: Env, talk: list[Message], turn: Turn) -> list[
 def resampled(policy: TextPolicy, stored: Sequence[Episode], sampling: Sampling, seed: tuple[int, ...]) -> list[Episode]:
     """For each turn of the stored episodes, one whose last turn is drawn anew by `policy` in the same state.
 
-    The earlier turns are not trained on. `info["fresh"]` marks the episodes; they are in the groups of those they come from.
+    The earlier turns are not trained on, and nobody answers the last: the episode ends with it, or is cut in it. `info["fresh"]` marks the episodes; they are in the groups of those they come from.
     """
     made, views = [], []
     for episode in stored:
@@ -144,11 +144,12 @@ def resampled(policy: TextPolicy, stored: Sequence[Episode], sampling: Sampling,
             told = [*episode.task.prompt, *(message for t in before for message in t.replies)]
             views.append(View(seen, tuple(image for message in told for image in message.images)))
             past = [frozen(t) for t in before]
-            made.append(Episode(episode.task, episode.group, past, Status.FINISHED, agent=episode.agent, info={"fresh": True}))
+            made.append(Episode(episode.task, episode.group, past, agent=episode.agent, info={"fresh": True}))
     played = policy.act(views, [[key(*seed, i)] for i in range(len(views))], sampling)
     for episode, (turn,) in zip(made, played, strict=True):
         turn.seen = turn.seen[sum(len(t.seen) + len(t.did) for t in episode.turns) :]
         episode.turns.append(turn)
+        episode.status = Status.TRUNCATED if turn.info["truncated"] else Status.FINISHED
     return made
 
 

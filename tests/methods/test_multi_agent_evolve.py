@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -310,6 +311,20 @@ def test_the_policy_judges_where_nobody_else_is_asked_and_draws_are_never_shared
     assert len(set(draws)) == len(draws)
     same = multi_agent_evolve(play(Script(script())), rows(), 2, **EASY)
     assert [e.turns[0].reward for e in out] == [e.turns[0].reward for e in same]
+
+
+def test_another_judge_is_given_seeds_of_31_bits_each_its_own() -> None:
+    seeds: list[int] = []
+
+    def counting(talks: Sequence[Sequence[Message]], *, seed: int, **settings: Any) -> list[list[str]]:
+        seeds.append(seed)
+        return clock_judge(talks, **settings)
+
+    for step in range(16):
+        at = replace(play(Script(script())), seed=(0, step))
+        multi_agent_evolve(at, rows(), 2, **{**EASY, "judge": Component("counting", counting)})
+    assert len(set(seeds)) == len(seeds) == 48
+    assert 2**29 < max(seeds) < 2**31
 
 
 def test_another_model_proposes() -> None:

@@ -59,6 +59,18 @@ def test_local_draws_depend_on_the_conversation_and_the_seed_alone(policy: Any) 
     assert local(ask("two"), **settings, seed=2) != alone
 
 
+def test_local_draws_are_of_the_seed_the_conversation_and_the_number() -> None:
+    """Where every id is as likely as another, whatever was asked, two texts are equal only if their draws are."""
+    indifferent = tiny(**SIZES)  # type: ignore[arg-type]
+    indifferent.engine = generate
+    for weight in indifferent.module.parameters():
+        weight.data.zero_()
+    settings: dict[str, Any] = {"model": indifferent, "n": 3, "temperature": 1.0, "max_new_tokens": 8}
+    texts = [x for seed in (0, 1) for row in local(ask("b", "ab", "ba"), **settings, seed=seed) for x in row]
+    assert len(set(texts)) == len(texts) == 18
+    assert local(ask("b", "b"), **settings, seed=1) == [texts[9:12]] * 2
+
+
 def test_local_reads_a_directory_once_and_says_the_same(policy: Any, tmp_path: Path) -> None:
     policy.save(tmp_path / "model")
     settings: dict[str, Any] = {"n": 1, "max_new_tokens": 5}

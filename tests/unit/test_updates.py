@@ -25,7 +25,7 @@ from rlx.stages.models import ModelSpec, Refresh, target_of, weights
 from rlx.stages.online import Online
 from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
-from rlx.types import Component, ConfigError, DataRef, Episode, Message, ModelRef, Play, Policy, Sampling, Task
+from rlx.types import Component, ConfigError, DataRef, Episode, Message, ModelRef, Play, Policy, Sampling, Status, Task
 
 CRITIC = ModelSpec(heads={"value": "token"})
 
@@ -231,6 +231,19 @@ def test_resampling_keeps_the_states_and_trains_the_last_turn_alone() -> None:
         atol=1e-5,
         rtol=0,
     )
+
+
+def test_a_fresh_turn_that_the_limit_cuts_does_not_end_its_episode() -> None:
+    made = tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    made.engine = generate
+    stored = [episode(([10 + g], [12, 1]), ([13], [14, 1]), group=g) for g in range(20)]
+    made.end_ids = [1, *range(6, 200)]
+    fresh = resampled(made, stored, Sampling(2), (0,))
+    cut = [int(e.turns[-1].did[-1]) not in made.end_ids for e in fresh]
+    assert 0 < sum(cut) < len(cut)
+    assert [e.status for e in fresh] == [Status.TRUNCATED if c else Status.FINISHED for c in cut]
+    done = made.collate(fresh)["turn_done"]
+    assert [float(row[len(e.turns) - 1]) for row, e in zip(done, fresh, strict=True)] == [float(not c) for c in cut]
 
 
 def test_a_step_of_a_resampling_buffer() -> None:
