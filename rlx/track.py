@@ -225,8 +225,12 @@ class Log:
         for key, text in self.health(self.stage, record, self.history):
             if key not in self.warned:
                 self.warned.add(key)
-                self.display.say(f"! {text}")
+                self.note(text)
         self.history.append(record)
+
+    def note(self, line: str) -> None:
+        """Something that the user should know."""
+        self.display.say(f"! {line}")
 
     def stop(self, reason: str) -> None:
         """End the stage after this step."""

@@ -15,12 +15,14 @@ class Heads(nn.Module):
     """One number for each state that a head reads. `where` maps a head's name to what it reads (HEADS in rlx/types.py).
 
     Weights are drawn from `seed` with a standard deviation of 1 / sqrt(hidden + 1). A head of the last position has no
-    bias, as in transformers' sequence classifiers: only differences of scores mean something.
+    bias, as in transformers' sequence classifiers: only differences of scores mean something. `drawn` are the heads that no
+    checkpoint has replaced.
     """
 
     def __init__(self, where: Mapping[str, str], hidden: int, seed: int) -> None:
         super().__init__()
         self.where = dict(where)
+        self.drawn = set(where)
         draw = torch.Generator().manual_seed(seed)
         self.linear = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=at != "last") for name, at in self.where.items()})
         for name, weight in self.linear.named_parameters():
@@ -42,6 +44,7 @@ class Heads(nn.Module):
             (old,), (new,) = names, self.where
             saved = {key.replace(f".{old}.", f".{new}."): value for key, value in saved.items()}
         self.load_state_dict(saved, strict=False)
+        self.drawn -= {key.split(".")[1] for key in saved}
 
     def save(self, folder: Path) -> None:
         """Write the heads beside a model, with what each reads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, freeze, target_of
+from rlx.stages.models import ModelSpec, freeze, random_heads, target_of
 from rlx.track import Log
 from rlx.types import (
     Component,
@@ -146,6 +146,13 @@ class Context(Sources):
     buffers: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
+
+    def models(self, specs: Mapping[str, ModelSpec], trained: Collection[str] = ()) -> dict[str, Any]:
+        """The models of a stage by name; a random head of one that is not in `trained` is noted."""
+        made = super().models(specs)
+        for line in random_heads(made, specs, trained):
+            self.log.note(f"stages.{self.name}.{line}")
+        return made
 
     @property
     def folder(self) -> Path:

@@ -93,7 +93,7 @@ class Fit:
         """Train; the last metrics."""
         reads = fields.reads(self.loss, self.watch, self.derive)
         specs = fields.needed(self.specs(), reads, ["policy"], [])
-        loaded = ctx.models(specs)
+        loaded = ctx.models(specs, ["policy"])
         policy = loaded["policy"]
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)

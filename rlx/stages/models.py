@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,17 @@ def with_models(component: Component[Any], models: Mapping[str, Policy]) -> Comp
         return component
     settings = {**component.settings, **given}
     return Component(**{**vars(component), "call": functools.partial(component.call, **given), "settings": settings})
+
+
+def random_heads(models: Mapping[str, Any], specs: Mapping[str, ModelSpec], trained: Collection[str]) -> list[str]:
+    """One line for each head that was drawn at random on a model that is not trained; an ema target follows one that is."""
+    return [
+        f"models.{name}: the weights of its head {head!r} are random, because none were saved with the model, and this stage "
+        "does not train them"
+        for name, model in models.items()
+        if name not in trained and not specs[name].ema and getattr(model, "heads", None) is not None
+        for head in sorted(model.heads.drawn)
+    ]
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ class Online:
     def run(self, ctx: Context) -> dict[str, float]:
         """Train; the last metrics."""
         specs = loaded_specs(self)
-        loaded = ctx.models(specs)
+        loaded = ctx.models(specs, [u.train for u in self.all_updates().values()])
         policy = loaded["policy"]
         updates = learners(self, loaded)
         buffers = {name: Buffer(spec, ctx.data(spec.start) if spec.start else ()) for name, spec in self.buffers.items()}

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import episode, model
+from test_stages import NLL, by_sample, context, fit, online
 
 from rlx.models.heads import Heads, ends, saved_heads
 from rlx.models.language import LanguageModel
 from rlx.models.load import read
-from rlx.types import Batch, Episode
+from rlx.stages.models import ModelSpec
+from rlx.stages.updates import UpdateSpec
+from rlx.types import Batch, Episode, ModelRef
 
 WHERE = {"value": "token", "score": "last", "v": "before_turn", "q": "after_turn"}
 
@@ -92,6 +95,41 @@ def test_a_critic_starts_from_a_reward_model(tmp_path: Path) -> None:
     assert rm.heads is not None
     assert critic.heads is not None
     assert torch.equal(critic.heads.linear["value"].weight, rm.heads.linear["score"].weight)  # type: ignore[arg-type]
+
+
+def test_a_random_head_of_a_model_that_is_not_trained_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model("llama").save(tmp_path / "sft" / "out")
+    model("llama").with_heads({"score": "last"}, seed=3).save(tmp_path / "rm" / "out")
+    sft, rm = ModelRef(stage="sft"), ModelRef(stage="rm")
+    specs = {
+        "policy": ModelSpec(from_=sft),
+        "rm": ModelSpec(from_=rm),
+        "renamed": ModelSpec(from_=rm, heads={"value": "token"}),
+        "more": ModelSpec(from_=rm, heads={"score": "last", "value": "token"}),
+        "none": ModelSpec(from_=sft, heads={"score": "last"}),
+        "made": ModelSpec(heads={"score": "last"}),
+        "critic": ModelSpec(from_=sft, heads={"value": "token"}),
+        "target": ModelSpec(ema="critic"),
+        "mix": ModelSpec(mix={"policy": 1.0}),
+    }
+    context(tmp_path, "rl").models(specs, trained=["policy", "critic"])
+    rest = "are random, because none were saved with the model, and this stage does not train them"
+    assert capsys.readouterr().out.splitlines() == [
+        f"! stages.rl.models.{name}: the weights of its head {head!r} {rest}"
+        for name, head in (("more", "value"), ("none", "score"), ("made", "score"))
+    ]
+
+
+def test_stages_note_no_head_that_they_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rm = ModelSpec(heads={"score": "last"})
+    fit(steps=1, models={"policy": rm}).run(context(tmp_path, "fit"))
+    updates = {"critic": UpdateSpec(loss=[NLL], train="critic")}
+    stage = online(by_sample, steps=1, loss=[], updates=updates, models={"critic": rm})
+    stage.run(context(tmp_path, "trains"))
+    assert "random" not in capsys.readouterr().out
+    stage.models["rm"] = rm
+    stage.run(context(tmp_path, "pays"))
+    assert capsys.readouterr().out.count("! stages.pays.models.rm: the weights of its head 'score' are random") == 1
 
 
 def test_heads_are_drawn_from_the_seed() -> None:
