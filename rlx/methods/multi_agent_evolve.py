@@ -79,9 +79,7 @@ def multi_agent_evolve(
         """What each prompt's verdicts say in the mean."""
         if judge is not None:
             talks, how = [[Message("user", prompt)] for prompt in prompts], play.sampling
-            seed = (
-                key(*play.seed, phase) >> 33
-            )  # 31 bits: some servers read an int32, and a backend may add its answers' number
+            seed = key(*play.seed, phase) >> 33  # 31 bits: some servers read an int32, others an int64
             chance = {"max_new_tokens": how.max_new_tokens, "seed": seed}
             texts = judge.call(talks, n=verdicts, temperature=how.temperature, **chance) if talks else []
         else:

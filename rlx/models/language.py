@@ -335,8 +335,8 @@ def widened(x: Tensor, name: str, batch: Batch, heads: Heads | None) -> Tensor:
 
 
 def told(episode: Episode) -> list[Message]:
-    """Every message that the policy was shown."""
-    return [*episode.task.prompt, *(message for turn in episode.turns for message in turn.replies)]
+    """Every message that the policy was shown: what is replied to its last turn is not."""
+    return [*episode.task.prompt, *(message for turn in episode.turns[:-1] for message in turn.replies)]
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -39,12 +39,16 @@ class VisionLanguage(LanguageModel):
     # ----------------------------------------------------------------- messages -> tokens
     def render(self, messages: Sequence[Message]) -> Ids:
         """The prompt as the policy sees it, (P,) ids, each image with as many placeholders as it has features."""
-        return self.expanded(super().render(messages), [image for m in messages for image in m.images])[0]
+        ids, left = self.expanded(super().render(messages), [image for m in messages for image in m.images])
+        self._check_shown(left)
+        return ids
 
     def extension(self, talk: Sequence[Message], num_replies: int) -> Ids:
         """What the last `num_replies` messages add, their images with them."""
         new = talk[len(talk) - num_replies :]
-        return self.expanded(super().extension(talk, num_replies), [image for m in new for image in m.images])[0]
+        ids, left = self.expanded(super().extension(talk, num_replies), [image for m in new for image in m.images])
+        self._check_shown(left)
+        return ids
 
     def tokenize(self, episode: Episode) -> Episode:
         """Fill `seen` and `did` of a demonstration's turns."""
@@ -52,6 +56,7 @@ class VisionLanguage(LanguageModel):
         images = [image for message in told(episode) for image in message.images]
         for turn in made.turns:
             turn.seen, images = self.expanded(turn.seen, images)
+        self._check_shown(images if made.turns else [])
         return made
 
     def expanded(self, ids: Ids, images: Sequence[Image]) -> tuple[Ids, list[Image]]:
@@ -69,6 +74,10 @@ class VisionLanguage(LanguageModel):
             else:
                 parts.append(part)
         return np.concatenate(parts) if parts else ids, left
+
+    def _check_shown(self, left: Sequence[Image]) -> None:
+        if left:
+            raise DataError(f"model {self.source!r}: its chat template shows no image where {len(left)} of the messages' stand")
 
     def _encode(self, image: Image) -> tuple[Ids, dict[str, Tensor]]:
         """The ids that stand for an image, and the tensors that the vision tower reads (first dimension: what is joined)."""

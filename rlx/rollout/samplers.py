@@ -134,7 +134,8 @@ def answer(episode: Episode, env: Env, talk: list[Message], turn: Turn) -> list[
 def resampled(policy: TextPolicy, stored: Sequence[Episode], sampling: Sampling, seed: tuple[int, ...]) -> list[Episode]:
     """For each turn of the stored episodes, one whose last turn is drawn anew by `policy` in the same state.
 
-    The earlier turns are not trained on, and nobody answers the last: the episode ends with it, or is cut in it. `info["fresh"]` marks the episodes; they are in the groups of those they come from.
+    The earlier turns are not trained on, and nobody answers the last: the episode ends with it, or is cut in it.
+    `info["fresh"]` marks the episodes; they are in the groups of those they come from.
     """
     made, views = [], []
     for episode in stored:

@@ -162,7 +162,57 @@ def test_text_that_holds_the_placeholder_is_refused(policy: VisionLanguage) -> N
         policy.render([Message("user", f"What is {IMAGE}?")])
 
 
+def test_each_image_of_a_row_of_placeholders_is_used_up() -> None:
+    policy = llava()
+    a, b, c = images()
+    ids = np.array([policy.placeholder, policy.placeholder, 70, policy.placeholder], np.int64)
+    made, left = policy.expanded(ids, [a, b, c, a, b])
+    assert made.tolist() == [policy.placeholder] * 18 + [70] + [policy.placeholder] * 9
+    assert left == [a, b]
+
+
+def test_a_template_that_leaves_images_out_is_refused() -> None:
+    policy = llava()
+    a, b, _ = images()
+    policy.tokenizer.chat_template = TEMPLATE.replace(IMAGE, "")
+    none = np.zeros(0, np.int64)
+    prompt = (Message("user", (a, b, "What?")),)
+    said = Turn(none, none, np.zeros(0, np.float32), Message("assistant", "one"))
+    wanted = "its chat template shows no image where {} of the messages' stand"
+    with pytest.raises(DataError, match=wanted.format(2)):
+        policy.render(prompt)
+    with pytest.raises(DataError, match=wanted.format(2)):
+        policy.tokenize(Episode(Task(prompt), 0, [said], Status.FINISHED))
+    with pytest.raises(DataError, match=wanted.format(1)):
+        policy.extension([Message("user", "?"), Message("assistant", "one"), Message("user", (a,))], 1)
+    assert policy.tokenize(Episode(Task(prompt), 0)).turns == []
+
+
 # --------------------------------------------------------------------------- rollout and training
+def test_a_rollout_goes_on_right_after_an_image(policy: VisionLanguage) -> None:
+    """Positions of an image are in time, height and width; what follows stands after the largest of the three."""
+    a = images()[0]
+    talk = (Message("user", (a, "What?")),)
+    ids = policy.render(talk)
+    ids = ids[: np.flatnonzero(ids == policy.placeholder)[-1] + 1]
+    (turns,) = policy.act([View(ids, (a,))], [[0, 1, 2]], Sampling(8))
+    batch = policy.collate([Episode(Task(talk), 0, [turn]) for turn in turns])
+    with torch.no_grad():
+        logp = policy.forward(batch, {"logp"})["logp"]
+    torch.testing.assert_close(logp[batch["mask"]], batch["rollout_logp"][batch["mask"]], atol=1e-5, rtol=0)
+
+
+def test_an_image_in_the_reply_to_the_last_turn_is_read_by_nobody(policy: VisionLanguage) -> None:
+    a, b, _ = images()
+    first, *others = played(policy, [(Message("user", (a, "What?")),)], Sampling(6))
+    with torch.no_grad():
+        wanted = policy.forward(policy.collate([first, *others]), {"logp"})["logp"]
+        first.turns[-1].replies = (Message("user", ("It was this: ", b)),)
+        batch = policy.collate([first, *others])
+        torch.testing.assert_close(policy.forward(batch, {"logp"})["logp"], wanted, atol=1e-5, rtol=0)
+    assert [x.images for x in batch.inputs] == [(a,)] * 3
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_training_forward_equals_the_rollout(policy: VisionLanguage, temperature: float) -> None:
     batch = policy.collate(played(policy, conversations(), Sampling(12, temperature)))
