@@ -155,6 +155,7 @@ def test_the_guide_decodes_by_its_own_settings() -> None:
     for start in range(0, len(begun), 8):
         assert len({x[0] for x in begun[start : start + 8] if x}) == 1
     assert len({e.turns[0].did[0] for e in sampled(beta=0.0, guide_top_k=1)}) > 3
+    assert written(sampled(beta=1.0, guide_top_p=1e-6)) == written(sampled(beta=1.0, guide_top_k=1))
 
 
 # --------------------------------------------------------------------------- fields
@@ -214,6 +215,8 @@ def reversed_alphabet() -> PreTrainedTokenizerFast:
 def test_mistakes_are_said_plainly() -> None:
     with pytest.raises(ConfigError, match=r"probabilities from 0 to 1; got 1\.5 and 0\.8"):
         sampled(beta=1.5)
+    with pytest.raises(ConfigError, match=r"probabilities from 0 to 1; got 0\.8 and 1\.5"):
+        sampled(scheme="lols", tau=1.5)
     with pytest.raises(ConfigError, match="its episodes have to be of one turn"):
         guided(replace(play(), make_env=Chat), ROWS, 8, guide=GUIDE)
     other = model("t5", 1)

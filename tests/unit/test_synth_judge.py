@@ -50,13 +50,13 @@ def test_a_place_that_weighs_more_than_the_gap_always_wins() -> None:
 
 
 def test_a_longer_answer_is_preferred_as_length_says() -> None:
-    more = len(BAD) - len(GOOD)
-    each = 2 * GAP / more
-    assert pick(GOOD, BAD, noise=0.0, place=0.0, length=each) == ["[[B]]"]
-    assert pick(GOOD, BAD, noise=0.0, place=0.0, length=each / 4) == ["[[A]]"]
+    more = len(GOOD) - len(BAD)  # letters
+    assert more == 2
+    assert pick(GOOD, BAD, noise=0.0, place=0.0, length=-0.51 * GAP) == ["[[B]]"]
+    assert pick(GOOD, BAD, noise=0.0, place=0.0, length=-0.49 * GAP) == ["[[A]]"]
 
 
-@pytest.mark.parametrize(("noise", "place"), [(0.5, 0.0), (0.5, 0.3), (1.0, -0.4)])
+@pytest.mark.parametrize(("noise", "place"), [(2 * GAP, 0.0), (2 * GAP, 0.5 * GAP), (GAP, -0.4 * GAP)])
 def test_errors_are_normal_with_the_deviation_that_is_set(noise: float, place: float) -> None:
     """P(A) = Phi((gap + place) / noise)."""
     wanted = 0.5 * (1 + erf((GAP + place) / noise / 2**0.5))
