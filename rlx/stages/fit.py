@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
 from rlx.learner import TorchLearner, Update
-from rlx.stages import fields
+from rlx.stages import fields, progress
 from rlx.stages.context import Context
-from rlx.stages.evaluation import Eval, evaluated
+from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, follow, refresh, spec_problems
 from rlx.stages.prepare import columns, credit, fill
 from rlx.stages.rows import shuffled, tokenized
@@ -100,11 +100,7 @@ class Fit:
         rows = tokenized(ctx.data(self.data, self.limit), policy, self.max_length, f"stages.{ctx.name}.data")
         batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
         ctx.in_training = {"policy": policy}
-        metrics: dict[str, float] = {}
-        if self.eval is not None:
-            metrics, episodes = evaluated(policy, self.eval, ctx)
-            ctx.log.step(0, metrics | spent([learner], 0), episodes)
-            ctx.judge(metrics, self.eval.patience)
+        metrics = progress.before(self, policy, ctx, spent([learner], 0))
         for step in ctx.steps(self.steps, self.checkpoints):
             chosen = next(batches)
             batch = policy.collate(chosen)
@@ -115,15 +111,6 @@ class Fit:
             follow(loaded, specs, "policy")
             refresh(loaded, specs, step)
             metrics["tokens"] = float(sum(x.length for x in batch.inputs))
-            metrics |= spent([learner], 0)
-            episodes = []
-            if self.eval is not None and self.eval.due(step, self.steps):
-                measured, episodes = evaluated(policy, self.eval, ctx)
-                metrics |= measured
-                ctx.judge(metrics, self.eval.patience)
-            if step % self.log_every == 0 or step == self.steps or episodes:
-                ctx.log.step(step, metrics, episodes)
-            if self.checkpoint_every and step % self.checkpoint_every == 0:
-                ctx.checkpoint(f"step-{step:06d}")
+            metrics = progress.after(self, policy, ctx, step, metrics | spent([learner], 0))
         ctx.save(ctx.folder / "out")
         return metrics

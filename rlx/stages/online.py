@@ -8,15 +8,16 @@ from typing import ClassVar
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
 from rlx.rollout import samplers
+from rlx.stages import fields, progress
 from rlx.stages.buffers import Buffer, BufferSpec
 from rlx.stages.context import Context
 from rlx.stages.draw import draw, sampling
-from rlx.stages.evaluation import Eval, evaluated
+from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, refresh
 from rlx.stages.problems import online_problems
 from rlx.stages.rows import shuffled
 from rlx.stages.summary import check_gap, mark, spent, summary
-from rlx.stages.updates import UpdateSpec, learners, loaded_specs, train
+from rlx.stages.updates import UpdateSpec, learners, train
 from rlx.types import (
     Advantage,
     Component,
@@ -112,23 +113,25 @@ class Online:
             f"{updates} optimiser step{'s' if updates > 1 else ''} on each"
         )
 
+    def needed(self) -> dict[str, ModelSpec]:
+        """The models that have to be loaded."""
+        updates = self.all_updates().values()
+        wanted = {name for update in updates for name in update.reads}
+        return fields.needed(self.specs(), wanted, [u.train for u in updates], [*self.reward, *self.keep, self.sampler])
+
     # ----------------------------------------------------------------- the loop
     def run(self, ctx: Context) -> dict[str, float]:
         """Train; the last metrics."""
-        specs = loaded_specs(self)
+        specs = self.needed()
         loaded = ctx.models(specs, [u.train for u in self.all_updates().values()])
         policy = loaded["policy"]
-        updates = learners(self, loaded)
+        updates = learners(self, self.all_updates(), loaded)
         buffers = {name: Buffer(spec, ctx.data(spec.start) if spec.start else ()) for name, spec in self.buffers.items()}
         prompts = shuffled(ctx.data(self.data), self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         ctx.in_training = {"policy": policy, **{u.spec.train: loaded[u.spec.train] for u in updates}}
         ctx.buffers = {name: buffer.episodes for name, buffer in buffers.items() if buffer.spec.save}
-        metrics: dict[str, float] = {}
-        rollouts = 0
-        if self.eval is not None:
-            metrics, episodes = evaluated(policy, self.eval, ctx)
-            ctx.log.step(0, metrics | spent([u.learner for u in updates], 0), episodes)
-            ctx.judge(metrics, self.eval.patience)
+        rollouts, taught = 0, [u.learner for u in updates]
+        metrics = progress.before(self, policy, ctx, spent(taught, rollouts))
         for step in ctx.steps(self.steps, self.checkpoints):
             kept, seen = draw(self, loaded, prompts, buffers, ctx, step)
             metrics = summary(kept, seen)
@@ -141,17 +144,9 @@ class Online:
                 mark(kept, batch)
             check_gap(learned, ctx.name)
             refresh(loaded, specs, step)
-            metrics |= learned | {f"buffer/{name}": float(len(b.episodes)) for name, b in buffers.items()}
-            metrics |= spent([u.learner for u in updates], rollouts)
-            episodes = seen if step % self.samples_every == 0 or step in (1, self.steps) else []
-            measured: dict[str, float] = {}
-            if self.eval is not None and self.eval.due(step, self.steps):
-                measured, _ = evaluated(policy, self.eval, ctx)
-                metrics |= measured
-                ctx.judge(metrics, self.eval.patience)
-            if step % self.log_every == 0 or step == self.steps or measured:
-                ctx.log.step(step, metrics, episodes[: 2 * self.group_size])
-            if self.checkpoint_every and step % self.checkpoint_every == 0:
-                ctx.checkpoint(f"step-{step:06d}")
+            stored = {f"buffer/{name}": float(len(b.episodes)) for name, b in buffers.items()}
+            shown = seen[: 2 * self.group_size] if step % self.samples_every == 0 or step in (1, self.steps) else []
+            metrics |= learned | stored | spent(taught, rollouts)
+            metrics = progress.after(self, policy, ctx, step, metrics, shown)
         ctx.save(ctx.folder / "out")
         return metrics

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from rlx.learner import TorchLearner, Update
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
-from rlx.stages.fields import needed, reads
+from rlx.stages.fields import reads
 from rlx.stages.models import ModelSpec, follow
 from rlx.stages.prepare import columns, credit, fill
 from rlx.types import (
@@ -26,9 +26,6 @@ from rlx.types import (
     Reduce,
     Watch,
 )
-
-if TYPE_CHECKING:
-    from rlx.stages.online import Online
 
 
 @dataclass(kw_only=True)
@@ -86,10 +83,21 @@ class Trained:
         return repr((self.spec.derive, self.spec.advantage))
 
 
-def learners(stage: Online, loaded: Mapping[str, Any]) -> list[Trained]:
+class Shared(Protocol):
+    """The settings of a stage that all its updates share."""
+
+    steps: int
+    reduce: Component[Reduce]
+    optim: Component[Optim]
+    token_budget: int
+    temperature: float
+    grad_variance: bool
+
+
+def learners(stage: Shared, updates: Mapping[str, UpdateSpec], loaded: Mapping[str, Any]) -> list[Trained]:
     """An optimiser for each update. The first to train the policy on what was kept compares its log-probs."""
     made: list[Trained] = []
-    for name, spec in stage.all_updates().items():
+    for name, spec in updates.items():
         update = Update(
             spec.loss,
             spec.reduce or stage.reduce,
@@ -105,13 +113,6 @@ def learners(stage: Online, loaded: Mapping[str, Any]) -> list[Trained]:
         learner = TorchLearner(loaded[spec.train], optim, lr=spec.lr or 0.0, total=total)
         made.append(Trained(name, spec, learner, update, spec.reads))
     return made
-
-
-def loaded_specs(stage: Online) -> dict[str, ModelSpec]:
-    """The models of a stage that have to be loaded."""
-    updates = stage.all_updates().values()
-    wanted = {name for update in updates for name in update.reads}
-    return needed(stage.specs(), wanted, [u.train for u in updates], [*stage.reward, *stage.keep, stage.sampler])
 
 
 def train(
