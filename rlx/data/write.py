@@ -40,18 +40,12 @@ def best(group: Sequence[Episode], _: float = 0.0) -> Rows:
     return demonstrations([max(group, key=lambda e: e.reward)])
 
 
-def prompts(group: Sequence[Episode], _: float = 0.0) -> Rows:
-    """The prompt alone, with the mean reward of its answers."""
-    return [{**asked(group[0]), "reward": sum(e.reward for e in group) / len(group)}]
-
-
 # How a group of answers becomes rows; the number is the least difference of a pair.
 FORMS: Mapping[str, Callable[[Sequence[Episode], float], Rows]] = {
     "pairs": pairs,
     "all_pairs": all_pairs,
     "demonstrations": demonstrations,
     "best": best,
-    "prompts": prompts,
 }
 
 

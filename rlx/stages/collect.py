@@ -6,19 +6,18 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar, Literal
 
 from rlx.build import LANGUAGE
 from rlx.data.write import FORMS, Rows, jsonl
 from rlx.filters import chain
-from rlx.rewards.score import score
 from rlx.rollout import samplers
 from rlx.stages.context import Context
 from rlx.stages.fields import misnamed
 from rlx.stages.models import ModelSpec, as_spec, named, spec_problems, with_models
+from rlx.stages.played import played
 from rlx.stages.summary import average, summary
-from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Play, Reward, Sampler, Sampling
+from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Reward, Sampler, Sampling
 
 
 @dataclass(kw_only=True)
@@ -31,11 +30,11 @@ class Collect:
     | all_pairs      | every two answers whose rewards do |
     | best           | its best answer, as a demonstration |
     | demonstrations | every answer that is kept |
-    | prompts        | the prompt, where an answer is kept |
 
     The rows are in out/rows.jsonl, and `data: "@NAME"` of a later stage reads them. They hold texts, with the rewards as
     columns. `sampler: given` plays nothing and labels the answers that the data has. An answer that the token limit cut is
-    written as if it were whole: `keep: [untruncated]` leaves it out.
+    written as if it were whole: `keep: [untruncated]` leaves it out. `limit` takes the first rows of `data`; those of a group
+    count as one.
     """
 
     instead_of_weights: ClassVar[str] = "rows, which `data` takes"
@@ -44,7 +43,7 @@ class Collect:
 
     data: DataRef
     reward: list[Component[Reward]]
-    rows: Literal["pairs", "all_pairs", "best", "demonstrations", "prompts"]
+    rows: Literal["pairs", "all_pairs", "best", "demonstrations"]
     group_size: int = 1
     margin: float = 0.0
     policy: ModelRef | None = None
@@ -86,32 +85,29 @@ class Collect:
         """Write the rows; what they are made of, over all steps."""
         specs = self.specs()
         loaded = ctx.models({name: spec for name, spec in specs.items() if name != "policy" or self.asks_policy()})
-        sampler = with_models(self.sampler, loaded)
         keep = [with_models(k, loaded) for k in self.keep]
-        pay = partial(score, rewards=[with_models(r, loaded) for r in self.reward], where=f"stages.{ctx.name}.reward")
         sampling = Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p)
-        asked = list(grouped(ctx.data(self.data)))[: self.limit]
+        asked = list(grouped(ctx.data(self.data, self.limit)))
         rows: Rows = []
         seen: list[Episode] = []
         kept: list[Episode] = []
         for step in ctx.steps(math.ceil(len(asked) / self.prompts_per_step)):
             chosen = asked[(step - 1) * self.prompts_per_step : step * self.prompts_per_step]
-            play = Play(
-                policy=loaded.get("policy"),
-                make_env=ctx.make_env,
+            found = played(
+                ctx,
+                [row for group in chosen for row in group],
+                self.group_size,
+                sampler=self.sampler,
+                reward=self.reward,
+                models=loaded,
                 sampling=sampling,
                 seed=ctx.seeds(step),
-                make_vec=ctx.make_vec,
-                models=loaded,
-                score=pay,
                 step=step,
             )
-            played = sampler.call(play, [row for group in chosen for row in group], self.group_size)
-            pay(played)
-            passed = chain([e for e in played if not math.isnan(e.reward) and e.turns], keep)
+            passed = chain([e for e in found if not math.isnan(e.reward) and e.turns], keep)
             made = [row for group in grouped(passed) for row in FORMS[self.rows](group, self.margin)]
-            rows, seen, kept = rows + made, seen + played, kept + passed
-            ctx.log.step(step, measured(passed, played, made, len(chosen)), played[: 2 * self.group_size] if step == 1 else [])
+            rows, seen, kept = rows + made, seen + found, kept + passed
+            ctx.log.step(step, measured(passed, found, made, len(chosen)), found[: 2 * self.group_size] if step == 1 else [])
         if not rows:
             raise DataError(
                 f"stages.{ctx.name}: none of {len(asked)} prompts made a row (rows: {self.rows}, {len(kept)} of {len(seen)} "

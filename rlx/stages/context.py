@@ -13,6 +13,7 @@ from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec, freeze, random_heads, target_of
+from rlx.stages.rows import first
 from rlx.track import Log
 from rlx.types import (
     Component,
@@ -89,7 +90,7 @@ class Sources:
         return str(found)
 
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
-        """The rows that a reference means, read once."""
+        """The rows that a reference means, read once: of all groups, or of the first `limit`."""
         from rlx.data.files import jsonl_rows
         from rlx.data.formats import placed_episodes
 
@@ -106,7 +107,7 @@ class Sources:
                 self.rows[name] = placed_episodes(jsonl_rows(path), source=path, empty=True)
             elif self.task is not None:
                 self.rows[name] = self.task.splits[ref.split]()
-        return self.rows[name][:limit]
+        return first(self.rows[name], limit)
 
     @property
     def make_vec(self) -> Callable[[list[Task]], VecEnv] | None:

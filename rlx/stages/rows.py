@@ -10,6 +10,14 @@ import numpy as np
 from rlx.types import ConfigError, DataError, Episode, TextPolicy
 
 
+def first(rows: list[Episode], limit: int | None) -> list[Episode]:
+    """The rows of the first `limit` groups, whole: a row that is alone in its group counts as one, as do those of a pair."""
+    if limit is None:
+        return rows
+    groups = set(list(dict.fromkeys(row.group for row in rows))[:limit])
+    return [row for row in rows if row.group in groups]
+
+
 def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, where: str) -> list[Episode]:
     """Rows with tokens; those with nothing to train on, or longer than `max_length`, are left out and counted.
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar, Literal
 
 from rlx.build import LANGUAGE
 from rlx.filters import chain
-from rlx.rewards.score import score
 from rlx.rollout import samplers
 from rlx.stages.context import Context
-from rlx.stages.summary import summary
-from rlx.types import Component, ConfigError, DataRef, Episode, Keep, ModelRef, Play, Reward, Sampler, Sampling
+from rlx.stages.played import played
+from rlx.stages.summary import average, summary
+from rlx.types import Component, ConfigError, DataRef, Episode, Keep, ModelRef, Reward, Sampler, Sampling
 
 
 @dataclass(kw_only=True)
 class Select:
     """Play each row of `data` `samples` times; `@stage/NAME` is then the rows whose episodes pass the filters `into.NAME`.
 
-    `reward` is what the filters read (default: the task's verifier). Nothing is copied: what is written is which rows of the
+    `limit` takes the first rows; the rows of a group count as one. `reward` is what the filters read (default: the task's
+    verifier), and an episode that could not be scored passes none. Nothing is copied: what is written is which rows of the
     split belong to a name. `empty` says what a name without a row means: a mistake, or that it takes all rows.
     """
 
@@ -58,27 +59,36 @@ class Select:
 
     def run(self, ctx: Context) -> dict[str, float]:
         """Sample, score, sort and write; the share of the rows that each name has."""
-        policy, rows = ctx.policy(self.policy), ctx.data(self.data, self.limit)
-        rewards, where = self.reward or [ctx.verifier], f"stages.{ctx.name}.reward"
-        sampling = Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p)
-        pay = partial(score, rewards=rewards, where=where)
-        play = Play(policy, ctx.make_env, sampling, ctx.seeds(), ctx.make_vec, score=pay)
-        played = self.sampler.call(play, rows, self.samples)
-        pay(played)
-        selected = {name: self.groups(name, keep, played, ctx.name) for name, keep in self.into.items()}
+        rows = ctx.data(self.data, self.limit)
+        seen = played(
+            ctx,
+            rows,
+            self.samples,
+            sampler=self.sampler,
+            reward=self.reward or [ctx.verifier],
+            models={"policy": ctx.policy(self.policy)},
+            sampling=Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p),
+            seed=ctx.seeds(),
+        )
+        selected = {name: self.groups(name, keep, seen, ctx.name) for name, keep in self.into.items()}
         write(ctx, self.data.split, selected)
-        metrics = {f"share/{name}": len(groups) / len(rows) for name, groups in selected.items()}
-        metrics |= summary(played, played) | {"spent/updates": 0.0, "spent/rollouts": float(len(played)), "spent/tokens": 0.0}
-        ctx.log.step(1, metrics, played[: 2 * self.samples])
+        metrics = {f"share/{name}": len(groups) / len({row.group for row in rows}) for name, groups in selected.items()}
+        metrics |= summary(scored(seen), seen) | {"spent/updates": 0.0, "spent/rollouts": float(len(seen)), "spent/tokens": 0.0}
+        ctx.log.step(1, metrics, seen[: 2 * self.samples])
         return metrics
 
-    def groups(self, name: str, keep: list[Component[Keep]], played: list[Episode], stage: str) -> list[int]:
-        """The groups of which an episode passes the filters. Raises ConfigError where there is none."""
-        found = list(dict.fromkeys(e.group for e in chain(played, keep)))
+    def groups(self, name: str, keep: list[Component[Keep]], seen: list[Episode], stage: str) -> list[int]:
+        """The groups of which a scored episode passes the filters. Raises ConfigError where there is none."""
+        found = list(dict.fromkeys(e.group for e in chain(scored(seen), keep)))
         if not found and self.empty == "error":
-            rates = f"mean reward {sum(e.reward for e in played) / len(played):.3g}"
+            rates = f"mean reward {average([e.reward for e in scored(seen)]):.3g}"
             raise ConfigError(f"stages.{stage}.into.{name}: no row passes its filters ({rates})")
-        return found or list(dict.fromkeys(e.group for e in played))
+        return found or list(dict.fromkeys(e.group for e in seen))
+
+
+def scored(episodes: list[Episode]) -> list[Episode]:
+    """Those that could be scored."""
+    return [e for e in episodes if not math.isnan(e.reward)]
 
 
 def write(ctx: Context, split: str, selected: Mapping[str, list[int]]) -> None:

@@ -25,6 +25,7 @@ from rlx.rollout.samplers import given
 from rlx.stages.collect import Collect
 from rlx.stages.context import Context
 from rlx.stages.fit import Fit
+from rlx.stages.rows import first
 from rlx.track import Lines, Log, NoTracker
 from rlx.types import Component, ConfigError, DataError, DataRef, Episode, Image, Message, Status, Task, TaskSource
 
@@ -93,11 +94,9 @@ def test_what_is_written_is_read_back(form: str, tmp_path: Path) -> None:
     write(FORMS[form](group, 0.0), tmp_path / "rows.jsonl")
     found = jsonl(path=str(tmp_path / "rows.jsonl"))
     assert all(e.task.prompt == prompt and e.task.answer == "gold" and e.task.meta["level"] == 3 for e in found)
-    assert len(found) == {"pairs": 2, "all_pairs": 2, "demonstrations": 2, "best": 1, "prompts": 1}[form]
-    assert [e.label for e in found] == {"pairs": [1.0, -1.0], "all_pairs": [1.0, -1.0], "prompts": [None]}.get(
-        form, [1.0] * len(found)
-    )
-    assert all(answered(e) == answered(group[0]) for e in found if form != "prompts")
+    assert len(found) == {"pairs": 2, "all_pairs": 2, "demonstrations": 2, "best": 1}[form]
+    assert [e.label for e in found] == ([1.0, -1.0] if "pairs" in form else [1.0] * len(found))
+    assert all(answered(e) == answered(group[0]) for e in found)
 
 
 def test_a_picture_is_not_text() -> None:
@@ -143,6 +142,15 @@ def test_an_empty_answer_is_an_answer(tmp_path: Path) -> None:
 def test_limit_and_best(tmp_path: Path) -> None:
     assert collect(rows="best", limit=2).run(context(tmp_path))["rows_per_prompt"] == 1.0
     assert [row["answer"] for row in rows(tmp_path)] == ["a", "b"]
+
+
+def test_limit_cuts_no_group(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    assert [(e.group, e.label) for e in ctx.data(DataRef(split="pairs"), 1)] == [(0, -1.0), (0, 1.0)]
+    assert len(ctx.data(DataRef(split="pairs"), 9)) == len(ctx.data(DataRef(split="pairs"))) == 4
+    apart = [QUESTIONS[i] for i in (0, 1, 0, 2)]
+    assert [e.group for e in first(apart, 1)] == [0, 0]
+    assert [e.group for e in first(apart, 2)] == [0, 1, 0]
 
 
 def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:

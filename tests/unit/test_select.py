@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_stages import TRAIN, context
 
 from rlx.compose import compose
 from rlx.filters import pass_rate
 from rlx.plan import plan
 from rlx.run import run
-from rlx.types import ConfigError, Episode, Task
+from rlx.stages.select import Select
+from rlx.types import Component, ConfigError, Episode, Task
 
 
 def group(number: int, *rewards: float) -> list[Episode]:
@@ -83,6 +85,33 @@ def test_selections_partition_the_rows_and_can_be_trained_on(tmp_path: Path) -> 
     (line,) = [json.loads(x) for x in (tmp_path / "sort/metrics.jsonl").read_text().splitlines()]
     assert line["share/all"] == 1.0
     assert line["spent/rollouts"] == 18
+
+
+def test_what_could_not_be_scored_is_in_no_selection(tmp_path: Path) -> None:
+    def reward(episodes: list[Episode]) -> list[float]:
+        bad = {"a": 2, "b": 1}.get(episodes[0].task.prompt[0].text, 0)
+        return [float("nan") if i < bad else 1.0 for i in range(len(episodes))]
+
+    mine: list[Component[Any]] = [Component("mine", reward)]
+    several = Component("several", lambda episodes: [e for e in episodes if sum(x.group == e.group for x in episodes) > 1])
+    select = Select(data=TRAIN, into={"any": [], "several": [several]}, reward=mine, samples=2, limit=3)
+    metrics = select.run(context(tmp_path, "sort"))
+    found = [json.loads((tmp_path / f"sort/out/{name}.json").read_text())["groups"] for name in ("any", "several")]
+    assert found == [[1, 2], [2]]
+    assert [metrics[k] for k in ("share/any", "share/several", "reward", "reward/failures", "kept")] == [
+        2 / 3,
+        1 / 3,
+        1,
+        3,
+        0.5,
+    ]
+
+
+def test_shares_are_of_groups(tmp_path: Path) -> None:
+    mine: list[Component[Any]] = [Component("mine", lambda episodes: [1.0] * len(episodes))]
+    ctx = context(tmp_path, "sort")
+    ctx.rows["/train"] = [row for row in ctx.data(TRAIN) for _ in range(2)]
+    assert Select(data=TRAIN, into={"any": []}, reward=mine, samples=1, limit=2).run(ctx)["share/any"] == 1.0
 
 
 def test_a_selection_without_a_row_is_a_mistake(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Episodes of a stage: its sampler plays, its rewards pay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from rlx.rewards.score import score
+from rlx.stages.context import Sources
+from rlx.stages.models import with_models
+from rlx.types import Component, Episode, Play, Reward, Sampler, Sampling
+
+
+def played(
+    at: Sources,
+    rows: list[Episode],
+    n: int,
+    *,
+    sampler: Component[Sampler],
+    reward: Sequence[Component[Reward]],
+    models: Mapping[str, Any],
+    sampling: Sampling,
+    seed: tuple[int, ...],
+    pools: Mapping[str, Sequence[Episode]] | None = None,
+    step: int = 0,
+) -> list[Episode]:
+    """`n` episodes of each row, played with the stage's `models` (the policy among them, where one is asked) and paid."""
+    rewards = [with_models(r, models) for r in reward]
+    pay = partial(score, rewards=rewards, where=f"stages.{at.name}.reward")
+    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, pay, pools or {}, step)
+    episodes: list[Episode] = with_models(sampler, models).call(play, rows, n)
+    pay(episodes)
+    return episodes
