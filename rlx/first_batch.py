@@ -31,7 +31,7 @@ from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
 from rlx.stages.prepare import credit, fill
-from rlx.stages.rows import shuffled, tokenized
+from rlx.stages.rows import shuffled, tokenized, with_columns
 from rlx.stages.summary import average
 from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
 
@@ -108,7 +108,7 @@ def look(plan: Plan) -> Iterator[str]:
 def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     """Rows, mask, lengths, loss and memory of a `fit` stage."""
     where = f"stages.{at.name}"
-    rows = at.data(stage.data)
+    rows = with_columns(at.data(stage.data), stage.columns, f"{where}.columns: {stage.data}")
     yield f"{columns(rows)}"
     model, real = models.get(stage.policy)
     made = tokenized(rows, model, stage.max_length, f"{where}.data")
@@ -134,7 +134,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
 def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     """Prompts, rewards on completions made by hand and on rollouts, loss and memory of an `online` stage."""
     where = f"stages.{at.name}"
-    rows = at.data(stage.data)
+    rows = with_columns(at.data(stage.data), stage.columns, f"{where}.columns: {stage.data}")
     yield f"{columns(rows)}"
     specs = stage.specs()
     model, real = models.get(specs["policy"].from_)

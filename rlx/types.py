@@ -508,6 +508,11 @@ class DataRef:
     source: Component[Data] | None = None
     stage: str = ""
 
+    def __str__(self) -> str:
+        if self.source is not None:
+            return self.source.name
+        return f"@{self.stage or 'task'}" + (f"/{self.split}" if self.split else "")
+
 
 class Stage(Protocol):
     """One word of a recipe's `stages`: a dataclass whose fields are its YAML keys."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from rlx.filters import chain
 from rlx.rollout.samplers import resampled
+from rlx.stages.context import Context
+from rlx.stages.rows import tokenized
 from rlx.types import Component, DataRef, Episode, Floats, Keep, Sampling
 
 
@@ -22,7 +24,8 @@ class BufferSpec:
     turn of the `states` episodes that a step's draws come from, and both are in the batch (see the field `fresh`).
 
     A pool that samplers draw from is part of what training has come to: it begins with the rows of `start`, and with `save`,
-    each checkpoint has it as `buffers/NAME.jsonl`, which `start: {name: jsonl, path: ...}` reads again.
+    each checkpoint has it as `buffers/NAME.jsonl`, which `start: {name: jsonl, path: ...}` reads again. Updates may train on
+    rows of `start` that have completions: these have tokens and labels, but no sampled log-probabilities and no rewards.
     """
 
     capacity: int = 1024
@@ -73,6 +76,16 @@ class Buffer:
         if self.spec.order == "newest":
             return list(self.episodes)[-size:]
         return [self.episodes[i] for i in rng.choice(len(self.episodes), size, replace=False).tolist()]
+
+
+def begun(specs: Mapping[str, BufferSpec], on: Collection[str], policy: Any, ctx: Context) -> dict[str, Buffer]:
+    """The buffers of a stage before its first step. Rows of `start` get tokens where updates train `on` them."""
+    made = {}
+    for name, spec in specs.items():
+        rows = ctx.data(spec.start) if spec.start is not None else []
+        trained = spec.start is not None and name in on
+        made[name] = Buffer(spec, tokenized(rows, policy, None, f"stages.{ctx.name}.buffers.{name}.start") if trained else rows)
+    return made
 
 
 def demonstration(episode: Episode) -> Episode:

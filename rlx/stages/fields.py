@@ -10,6 +10,9 @@ from rlx.learner import marked
 from rlx.stages.models import ModelSpec, named, offers, prefix
 from rlx.types import FIELDS, Component
 
+DRAWN = ("old_logp", "rollout_logp")  # known of tokens that a policy drew, and not of a demonstration's
+PLAYED = ("reward", "ret", "bootstrap", "turn_reward", "turn_done")  # known of what was played and paid, not of rows of data
+
 
 def reads(*groups: Sequence[Component[Any]]) -> set[str]:
     """Every field that some component reads."""
@@ -68,6 +71,14 @@ def problems(
                         f"{group}: {component.name!r} reads {name!r}, which this stage does not make{hint(name, made)}"
                     )
     return list(dict.fromkeys(found))
+
+
+def taken(columns: Sequence[str], streams: Sequence[str] = ()) -> list[str]:
+    """One line for each column of the data, and each stream of a sampler, that is called like a field."""
+    own = {*FIELDS, "index"}
+    what = "is already a field of every batch"
+    found = [f"columns.{i}: {x!r} {what}; rename the column of the data" for i, x in enumerate(columns) if x in own]
+    return found + [f"sampler: its stream {x!r} {what}; the sampler has to rename it" for x in streams if x in own]
 
 
 def misnamed(specs: Mapping[str, ModelSpec], **groups: Sequence[Component[Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, follow, refresh, spec_problems
 from rlx.stages.prepare import columns, credit, fill
-from rlx.stages.rows import shuffled, tokenized
+from rlx.stages.rows import shuffled, tokenized, with_columns
 from rlx.stages.summary import spent
 from rlx.types import (
     Component,
@@ -25,8 +25,7 @@ from rlx.types import (
     Watch,
 )
 
-# What a row of data is not: played, paid or drawn.
-ABSENT = ("adv", "reward", "ret", "returns", "bootstrap", "old_logp", "rollout_logp", "turn_reward", "turn_done", "fresh")
+ABSENT = ("adv", "returns", "fresh", *fields.DRAWN, *fields.PLAYED)
 
 
 @dataclass(kw_only=True)
@@ -68,7 +67,7 @@ class Fit:
     def problems(self, base: frozenset[str] = LANGUAGE) -> list[str]:
         """What is wrong with the settings taken together; `base` are the fields that the recipe's model computes."""
         specs = self.specs()
-        found = spec_problems(specs)
+        found = spec_problems(specs) + fields.taken(self.columns)
         for key in ("policy", "reference"):
             if getattr(self, key) is not None and key in self.models:
                 found.append(f"{key}: given twice, here and in models")
@@ -97,7 +96,8 @@ class Fit:
         policy = loaded["policy"]
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
         learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)
-        rows = tokenized(ctx.data(self.data, self.limit), policy, self.max_length, f"stages.{ctx.name}.data")
+        given = with_columns(ctx.data(self.data, self.limit), self.columns, f"stages.{ctx.name}.columns: {self.data}")
+        rows = tokenized(given, policy, self.max_length, f"stages.{ctx.name}.data")
         batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
         ctx.in_training = {"policy": policy}
         metrics = progress.before(self, policy, ctx, spent([learner], 0))

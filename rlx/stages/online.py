@@ -9,13 +9,13 @@ from rlx import optim, reduce
 from rlx.build import LANGUAGE
 from rlx.rollout import samplers
 from rlx.stages import fields, progress
-from rlx.stages.buffers import Buffer, BufferSpec
+from rlx.stages.buffers import BufferSpec, begun
 from rlx.stages.context import Context
 from rlx.stages.draw import draw, sampling
 from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, refresh
 from rlx.stages.problems import online_problems
-from rlx.stages.rows import shuffled
+from rlx.stages.rows import shuffled, with_columns
 from rlx.stages.summary import check_gap, mark, spent, summary
 from rlx.stages.updates import UpdateSpec, learners, train
 from rlx.types import (
@@ -126,8 +126,9 @@ class Online:
         loaded = ctx.models(specs, [u.train for u in self.all_updates().values()])
         policy = loaded["policy"]
         updates = learners(self, self.all_updates(), loaded)
-        buffers = {name: Buffer(spec, ctx.data(spec.start) if spec.start else ()) for name, spec in self.buffers.items()}
-        prompts = shuffled(ctx.data(self.data), self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
+        buffers = begun(self.buffers, [u.spec.on for u in updates], policy, ctx)
+        rows = with_columns(ctx.data(self.data), self.columns, f"stages.{ctx.name}.columns: {self.data}")
+        prompts = shuffled(rows, self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         ctx.in_training = {"policy": policy, **{u.spec.train: loaded[u.spec.train] for u in updates}}
         ctx.buffers = {name: buffer.episodes for name, buffer in buffers.items() if buffer.spec.save}
         rollouts, taught = 0, [u.learner for u in updates]
@@ -136,9 +137,9 @@ class Online:
             kept, seen = draw(self, loaded, prompts, buffers, ctx, step)
             metrics = summary(kept, seen)
             rollouts += len(seen)
-            for buffer in buffers.values():
+            for i, buffer in enumerate(buffers.values()):
                 buffer.add(seen)
-                buffer.open(loaded, sampling(self, ctx), ctx.seeds(step))
+                buffer.open(loaded, sampling(self, ctx), ctx.seeds(step, i))
             learned, batch = train(updates, kept, buffers, loaded, specs, ctx, step, self.columns)
             if batch is not None:
                 mark(kept, batch)

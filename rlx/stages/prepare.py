@@ -8,6 +8,7 @@ import torch
 
 from rlx.learner import computed
 from rlx.stages.models import prefix
+from rlx.stages.rows import numbers
 from rlx.tensors import by_turn, seq_sum
 from rlx.types import Advantage, Batch, Component, Derive, Episode, Policy
 
@@ -41,8 +42,7 @@ def fill(
 def columns(batch: Batch, names: Sequence[str], episodes: Sequence[Episode]) -> None:
     """Add numeric columns of the data as fields (N,)."""
     for name in names:
-        values = [float(e.task.meta[name]) for e in episodes]
-        batch[name] = torch.tensor(values, device=batch["ret"].device)
+        batch[name] = torch.tensor(numbers(episodes, name, "columns: a batch"), device=batch["ret"].device)
 
 
 def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequence[Component[Advantage]]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rlx.build import hint
 from rlx.types import ConfigError, DataError, Episode, TextPolicy
 
 
@@ -16,6 +17,27 @@ def first(rows: list[Episode], limit: int | None) -> list[Episode]:
         return rows
     groups = set(list(dict.fromkeys(row.group for row in rows))[:limit])
     return [row for row in rows if row.group in groups]
+
+
+def numbers(rows: Sequence[Episode], name: str, where: str) -> list[float]:
+    """A column of the data. Raises DataError where a row does not have it, or has anything but a number there."""
+    found = []
+    for i, row in enumerate(rows):
+        if name not in row.task.meta:
+            raise DataError(f"{where}: row {i} has no column {name!r}{hint(name, row.task.meta)}")
+        try:
+            found.append(float(row.task.meta[name]))
+        except (TypeError, ValueError):
+            said = repr(row.task.meta[name])
+            raise DataError(f"{where}: row {i}, column {name!r}: expected a number, got {said[:60]}") from None
+    return found
+
+
+def with_columns(rows: list[Episode], names: Sequence[str], where: str) -> list[Episode]:
+    """The rows, if each of them has a number in every column of `names`. Raises DataError else."""
+    for name in names:
+        numbers(rows, name, where)
+    return rows
 
 
 def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, where: str) -> list[Episode]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import episode
-from test_stages import DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
+from test_stages import DATA, DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
 
 from rlx.build import Binder
 from rlx.data.files import jsonl
@@ -25,7 +25,20 @@ from rlx.stages.models import ModelSpec, Refresh, target_of, weights
 from rlx.stages.online import Online
 from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
-from rlx.types import Component, ConfigError, DataRef, Episode, Message, ModelRef, Play, Policy, Sampling, Status, Task
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataError,
+    DataRef,
+    Episode,
+    Message,
+    ModelRef,
+    Play,
+    Policy,
+    Sampling,
+    Status,
+    Task,
+)
 
 CRITIC = ModelSpec(heads={"value": "token"})
 
@@ -267,6 +280,26 @@ def test_group_mean_is_read_from_the_stage(tmp_path: Path) -> None:
     assert [row["one/loss"] for row in one] == [row["loss"] for row in plain]
 
 
+def test_an_old_value_has_one_owner() -> None:
+    heads = [{"value": "token"}, {"value": "token"}]
+    models = {name: ModelSpec(heads=h) for name, h in zip(("one", "two"), heads, strict=True)}
+    updates = {
+        **{name: UpdateSpec(train=name, loss=[VALUE]) for name in models},
+        "actor": UpdateSpec(loss=[PG], advantage=[BASELINE]),
+    }
+    stage = online(by_sample, loss=[], models=models, updates=updates)
+    assert stage.problems() == [
+        "updates: old_value could be of one or two, which are all trained and compute value; give their heads different names "
+        "(heads: {value_2: ...}) and rename what is read (read: {value: value_2, old_value: old_value_2})"
+    ]
+    models["two"].heads = {"value_2": "token"}
+    updates["two"].loss = [replace(VALUE, reads=("value_2", "ret", "mask"))]
+    assert stage.problems() == []
+    updates["actor"].advantage = [GROUP_MEAN]
+    models["two"].heads, updates["two"].loss = {"value": "token"}, [VALUE]
+    assert stage.problems() == []  # nobody reads an old value
+
+
 # --------------------------------------------------------------------------- models that components use
 def test_a_frozen_model_is_renewed_in_its_turn(tmp_path: Path) -> None:
     stage = online(by_sample, steps=3, lr=0.1, models={"old": ModelSpec(refresh=Refresh(every=2))})
@@ -339,7 +372,101 @@ def test_a_column_of_the_data_is_a_field(tmp_path: Path) -> None:
     assert sorted(seen[0]) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
 
 
+@pytest.mark.parametrize("name", ["mask", "score", "index"])
+def test_a_column_is_not_called_like_a_field(name: str) -> None:
+    line = f"columns.1: {name!r} is already a field of every batch; rename the column of the data"
+    assert fit(columns=["level", name]).problems() == online(by_sample, columns=["level", name]).problems() == [line]
+
+
+def test_a_stream_is_not_called_like_a_field() -> None:
+    def mine(play: Play, rows: list[Episode], n: int) -> list[Episode]:
+        return plain(play, rows, n)
+
+    mine.streams = ("who", "turn")  # type: ignore[attr-defined]
+    line = "sampler: its stream 'turn' is already a field of every batch; the sampler has to rename it"
+    assert online(by_sample, sampler=Component("mine", mine)).problems() == [line]
+
+
+@pytest.mark.parametrize(("level", "said"), [(None, "no column 'levle'; did you mean 'level'? (known: level)"), ("x", "'x'")])
+@pytest.mark.parametrize("kind", ["fit", "online"])
+def test_a_column_that_is_not_there(tmp_path: Path, kind: str, level: Any, said: str) -> None:
+    meta = {"level": 1.0} if level is None else {"level": 1.0, "levle": level}
+    rows = [replace(row, task=replace(row.task, meta=meta if row.group == 2 else {"level": 0.0, "levle": 2})) for row in DEMOS]
+    ctx = context(tmp_path, "s")
+    ctx.rows["/train"] = rows
+    more: dict[str, Any] = {"data": DataRef(split="train"), "columns": ["levle"]}
+    with pytest.raises(DataError) as caught:
+        (fit(**more) if kind == "fit" else online(by_sample, **more)).run(ctx)
+    assert str(caught.value).startswith("stages.s.columns: @task/train: row 2")
+    assert str(caught.value).endswith(said)
+
+
+def test_a_reference_to_data_is_said_as_a_recipe_says_it() -> None:
+    refs = [DataRef(split="dev"), DataRef(stage="pairs"), DataRef(stage="sort", split="easy")]
+    assert [str(x) for x in (*refs, DataRef(source=Component("gsm8k", list)))] == [
+        "@task/dev",
+        "@pairs",
+        "@sort/easy",
+        "gsm8k",
+    ]
+
+
 # --------------------------------------------------------------------------- pools
+def test_updates_train_on_the_rows_that_a_buffer_starts_with(tmp_path: Path) -> None:
+    fields: list[dict[str, Any]] = []
+
+    def likely(logp: Any, label: Any, mask: Any) -> Any:
+        fields.append({"label": label.tolist(), "tokens": mask.sum(1).tolist(), "logp": logp.detach()})
+        return -inside(logp, mask)
+
+    def stage(*reads: str, **settings: Any) -> Online:
+        loss = Component("likely", likely, reads or ("logp", "label", "mask"))
+        update = UpdateSpec(loss=[loss], on="demos", rows=8)
+        return online(by_sample, loss=[], updates={"bc": update}, buffers={"demos": BufferSpec(**settings)}, steps=1)
+
+    never = [Component("never", lambda episodes: [])]
+    made = stage(start=DATA, keep=never)
+    assert made.problems() == []
+    made.run(context(tmp_path, "rl"))
+    (batch,) = fields
+    assert batch["label"] == [1.0] * 8
+    assert sorted(batch["tokens"]) == sorted(len(e.completion) + 1 for e in DEMOS)
+    unpaid = (
+        "updates.bc.on: the update reads old_logp, ret, which buffer 'demos' does not have: the rows of its `start` were not"
+    )
+    assert stage("logp", "old_logp", "ret", start=DATA).problems() == [unpaid + " played"]
+    kept = "updates.bc.on: the update reads old_logp, which buffer 'demos' does not have: it keeps demonstrations"
+    assert stage("logp", "old_logp", "ret", as_="demonstration").problems() == [kept]
+    assert stage("logp", "old_logp", "ret").problems() == []
+
+
+def test_an_update_on_demonstrations_may_leave_the_stage_s_credit_unread() -> None:
+    weigh = Component("whiten", lambda reward, mask: reward, ("reward", "mask"), into="w")
+    bc = UpdateSpec(loss=[NLL], on="demos")
+    stage = online(by_sample, loss=[], derive=[weigh], updates={"bc": bc}, buffers={"demos": BufferSpec(start=DATA)})
+    assert stage.problems() == []  # its advantage and its derive are the stage's, and the loss reads neither
+    bc.loss = [Component("weighted", lambda logp, w, mask: -logp * w, ("logp", "w", "mask"))]
+    assert "the update reads reward," in stage.problems()[0]
+    bc.loss = [PG]
+    assert "the update reads ret," in stage.problems()[0]
+
+
+def test_buffers_that_draw_again_draw_apart(tmp_path: Path) -> None:
+    drawn: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def noted(name: str) -> Component[Any]:
+        def loss(logp: Any, rollout_logp: Any, mask: Any) -> Any:
+            drawn[name].append(rollout_logp.tolist())
+            return inside(0 * logp, mask)
+
+        return Component("noted", loss, ("logp", "rollout_logp", "mask"))
+
+    updates = {name: UpdateSpec(loss=[noted(name)], on=name, advantage=[]) for name in drawn}
+    buffers = {name: BufferSpec(resample="policy", states=4) for name in drawn}
+    online(by_sample, loss=[], lr=0.0, steps=1, updates=updates, buffers=buffers).run(context(tmp_path, "rl"))
+    assert drawn["a"] != drawn["b"]
+
+
 def test_a_saved_buffer_is_in_every_checkpoint_and_starts_another_run(tmp_path: Path) -> None:
     pool, own = BufferSpec(capacity=64, save=True), BufferSpec(capacity=64)
     first = context(tmp_path / "first", "rl")
