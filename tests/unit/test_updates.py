@@ -157,7 +157,7 @@ def test_a_target_follows_after_each_update(tmp_path: Path) -> None:
     start = [x.clone() for x in weights(ctx.models(stage.specs())["critic"])]
     kept: dict[str, Any] = {}
     load = ctx.models
-    ctx.models = lambda specs: kept.setdefault("m", load(specs))  # type: ignore[method-assign]
+    ctx.models = lambda specs, trained=(): kept.setdefault("m", load(specs, trained))  # type: ignore[method-assign]
     stage.run(ctx)
     for old, now, target in zip(start, weights(kept["m"]["critic"]), weights(kept["m"]["target"]), strict=True):
         torch.testing.assert_close(target, 0.75 * old + 0.25 * now)
@@ -306,7 +306,7 @@ def test_a_frozen_model_is_renewed_in_its_turn(tmp_path: Path) -> None:
     ctx = context(tmp_path, "rl")
     kept: dict[str, Any] = {}
     load = ctx.models
-    ctx.models = lambda specs: kept.setdefault("m", load(specs))  # type: ignore[method-assign]
+    ctx.models = lambda specs, trained=(): kept.setdefault("m", load(specs, trained))  # type: ignore[method-assign]
     seen: list[bool] = []
 
     def same(episodes: list[Episode]) -> list[float]:
