@@ -49,13 +49,21 @@ def utterance_advantage(
     critic_v2: Tensor,
     fresh: Tensor,
     turn: Tensor,
+    turn_mask: Tensor,
     mask: Tensor,
+    *,
+    center: bool = False,
 ) -> Tensor:
     """A = min(Q, Q2)(s, a) - min(V, V2)(s) on every token of a freshly drawn utterance: (N,T), in units of reward (eq. 4).
 
-    0 on the stored utterances: their policy is not the one in training.
+    0 on the stored utterances: their policy is not the one in training. `center` takes off the mean over the fresh ones: the
+    twins differ more in Q than in V, so the difference of their minima is below 0 in the mean, and a policy that learns fast
+    flees from all that it says.
     """
-    by_turn = torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2)
+    drawn = turn_mask & fresh[:, None]
+    by_turn = inside(torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2), drawn)
+    if center:
+        by_turn = inside(by_turn - by_turn.sum() / drawn.sum().clamp(min=1), drawn)
     by_token = by_turn.gather(1, turn.clamp(min=0))
     return inside(by_token, mask & fresh[:, None])
 

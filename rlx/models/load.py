@@ -30,16 +30,20 @@ def tiny(
     heads: int = 4,
     kv_heads: int = 4,
     ffn: int = 512,
+    words: list[str] | None = None,
     context: int = 1024,
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
-    """A small decoder of the Qwen2 architecture with random weights (drawn from `seed`) and the byte tokenizer."""
+    """A small decoder of the Qwen2 architecture with random weights (drawn from `seed`).
+
+    The tokenizer is that of bytes, with `words` as tokens of their own.
+    """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(words or [])
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

@@ -131,21 +131,22 @@ def answer(episode: Episode, env: Env, talk: list[Message], turn: Turn) -> list[
     return [*with_said(talk, said), *reply.messages]
 
 
-def resampled(policy: TextPolicy, stored: Sequence[Episode], sampling: Sampling, seed: tuple[int, ...]) -> list[Episode]:
-    """For each turn of the stored episodes, one whose last turn is drawn anew by `policy` in the same state.
+def resampled(
+    policy: TextPolicy, states: Sequence[tuple[Episode, int]], sampling: Sampling, seed: tuple[int, ...]
+) -> list[Episode]:
+    """For each state (an episode before its turn k), an episode whose last turn is drawn anew by `policy` in it.
 
     The earlier turns are not trained on, and nobody answers the last: the episode ends with it, or is cut in it.
     `info["fresh"]` marks the episodes; they are in the groups of those they come from.
     """
     made, views = [], []
-    for episode in stored:
-        for k, turn in enumerate(episode.turns):
-            before = episode.turns[:k]
-            seen = np.concatenate([*(part for t in before for part in (t.seen, t.did)), turn.seen])
-            told = [*episode.task.prompt, *(message for t in before for message in t.replies)]
-            views.append(View(seen, tuple(image for message in told for image in message.images)))
-            past = [frozen(t) for t in before]
-            made.append(Episode(episode.task, episode.group, past, agent=episode.agent, info={"fresh": True}))
+    for episode, k in states:
+        before = episode.turns[:k]
+        seen = np.concatenate([*(part for t in before for part in (t.seen, t.did)), episode.turns[k].seen])
+        told = [*episode.task.prompt, *(message for t in before for message in t.replies)]
+        views.append(View(seen, tuple(image for message in told for image in message.images)))
+        past = [frozen(t) for t in before]
+        made.append(Episode(episode.task, episode.group, past, agent=episode.agent, info={"fresh": True}))
     played = policy.act(views, [[key(*seed, i)] for i in range(len(views))], sampling)
     for episode, (turn,) in zip(made, played, strict=True):
         turn.seen = turn.seen[sum(len(t.seen) + len(t.did) for t in episode.turns) :]

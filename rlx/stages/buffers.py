@@ -20,8 +20,9 @@ from rlx.types import Component, DataRef, Episode, Floats, Keep, Sampling
 class BufferSpec:
     """Episodes that outlive their step: the last `capacity` that pass `keep`, of all that are played.
 
-    `as: demonstration` stores them as rows to imitate. With `resample`, a model of the stage draws a fresh last turn at each
-    turn of the `states` episodes that a step's draws come from, and both are in the batch (see the field `fresh`).
+    `as: demonstration` stores them as rows to imitate. With `resample`, a model of the stage draws a fresh turn at each of
+    the `states` that a step's draws come from. A state is a turn of a stored episode, each equally likely; a row of an update
+    is then two episodes, the stored one and the one that ends with the fresh turn (see the field `fresh`).
 
     A pool that samplers draw from is part of what training has come to: it begins with the rows of `start`, and with `save`,
     each checkpoint has it as `buffers/NAME.jsonl`, which `start: {name: jsonl, path: ...}` reads again. Updates may train on
@@ -44,8 +45,7 @@ class Buffer:
     def __init__(self, spec: BufferSpec, start: Sequence[Episode] = ()) -> None:
         self.spec = spec
         self.episodes: deque[Episode] = deque(start, maxlen=spec.capacity)
-        self._fresh: dict[int, list[Episode]] = {}
-        self._pool: list[Episode] = []
+        self._pairs: list[tuple[Episode, Episode]] = []
 
     def add(self, seen: Sequence[Episode]) -> None:
         """Take in what a step has played."""
@@ -53,22 +53,21 @@ class Buffer:
         self.episodes += [demonstration(e) for e in chosen] if self.spec.as_ == "demonstration" else chosen
 
     def open(self, models: Mapping[str, Any], sampling: Sampling, seed: tuple[int, ...]) -> None:
-        """Begin a step: where `resample` is set, choose the episodes of its draws and draw fresh turns at their states."""
+        """Begin a step: where `resample` is set, choose the states of its draws and draw fresh turns at them."""
         if not self.spec.resample or not self.episodes:
             return
-        self._pool = self.some(self.spec.states, np.random.default_rng((*seed, 0)))
-        self._fresh = {}
-        made = resampled(models[self.spec.resample], self._pool, sampling, (*seed, 1))
-        for episode in self._pool:
-            self._fresh[id(episode)], made = made[: len(episode.turns)], made[len(episode.turns) :]
+        states = [(episode, k) for episode in self.episodes for k in range(len(episode.turns))]
+        rng = np.random.default_rng((*seed, 0))
+        chosen = [states[i] for i in rng.choice(len(states), min(self.spec.states, len(states)), replace=False).tolist()]
+        made = resampled(models[self.spec.resample], chosen, sampling, (*seed, 1))
+        self._pairs = [(episode, fresh) for (episode, _), fresh in zip(chosen, made, strict=True)]
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:
         """Some episodes, with their fresh ones."""
         rng = np.random.default_rng(seed)
         if not self.spec.resample:
             return self.some(rows, rng)
-        chosen = rng.permutation(len(self._pool))[:rows].tolist()
-        return [x for i in chosen for x in (self._pool[i], *self._fresh[id(self._pool[i])])]
+        return [x for i in rng.permutation(len(self._pairs))[:rows].tolist() for x in self._pairs[i]]
 
     def some(self, rows: int, rng: np.random.Generator) -> list[Episode]:
         """Episodes by chance, or the newest."""

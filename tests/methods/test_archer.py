@@ -56,10 +56,18 @@ TURN = torch.tensor([[0, 0, -1, 1, -1, 2], [0, -1, -1, -1, -1, -1], [-1, -1, -1,
 
 def test_the_advantage_of_an_utterance_is_that_of_each_of_its_tokens() -> None:
     other = torch.full((3, 3), -5.0)
-    adv = utterance_advantage(Q, other, V, V + 1, FRESH, TURN, TURN >= 0)
+    adv = utterance_advantage(Q, other, V, V + 1, FRESH, TURN, TURN_MASK, TURN >= 0)
     expected = torch.zeros(3, 6)
     expected[2, 3:5] = -5.0 - -1.0  # min(-4, -5) - min(-1, 0)
     torch.testing.assert_close(adv, expected)
+
+
+def test_centered_advantages_of_fresh_utterances_have_a_mean_of_0() -> None:
+    fresh, turn = torch.tensor([False, True, True]), torch.tensor([[0, 1, 2], [0, 0, -1], [-1, 1, -1]])
+    adv = utterance_advantage(Q, Q, V, V, fresh, turn, TURN_MASK, turn >= 0, center=True)
+    # Q - V is 3 at the fresh utterance of two tokens and -3 at that of one: their mean is 0 before, and after a shift of Q
+    torch.testing.assert_close(adv, torch.tensor([[0.0, 0, 0], [3, 3, 0], [0, -3, 0]]))
+    torch.testing.assert_close(utterance_advantage(Q - 5, Q - 5, V, V, fresh, turn, TURN_MASK, turn >= 0, center=True), adv)
 
 
 def test_turn_returns_by_hand() -> None:
@@ -95,7 +103,7 @@ def test_the_mean_advantage_is_0_where_v_is_the_mean_of_q() -> None:
     v = (probs * q).sum().expand(3, 1)
     turn = torch.zeros(3, 1, dtype=torch.long)
     mask = turn == 0
-    adv = utterance_advantage(q[:, None], q[:, None], v, v, torch.ones(3, dtype=torch.bool), turn, mask)
+    adv = utterance_advantage(q[:, None], q[:, None], v, v, torch.ones(3, dtype=torch.bool), turn, mask, mask)
     assert float((probs[:, None] * adv).sum()) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -118,8 +126,8 @@ def test_turns_outside_the_mask_change_nothing() -> None:
     value_of_fresh(v, q, FRESH, TURN_MASK).sum().backward()
     assert v.grad is not None
     assert torch.isfinite(v.grad).all()
-    adv = utterance_advantage(q, q, v.detach(), v.detach(), FRESH, TURN, TURN >= 0)
-    torch.testing.assert_close(adv, utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN >= 0))
+    adv = utterance_advantage(q, q, v.detach(), v.detach(), FRESH, TURN, TURN_MASK, TURN >= 0)
+    torch.testing.assert_close(adv, utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0))
 
 
 def test_the_actors_loss_is_a_sum_over_the_tokens_of_an_utterance() -> None:
@@ -208,7 +216,7 @@ def test_a_continued_turn_is_never_tokenised_again(policy: LanguageModel, monkey
 def test_a_fresh_utterance_stands_in_the_state_of_a_stored_turn(policy: LanguageModel) -> None:
     episodes = play(policy)
     policy.engine = generate
-    fresh = resampled(policy, episodes, Sampling(6), (3,))
+    fresh = resampled(policy, [(episodes[0], k) for k in range(3)], Sampling(6), (3,))
     batch = policy.collate([*episodes, *fresh])
     assert batch["fresh"].tolist() == [False, True, True, True]
     assert batch["turn_mask"].tolist() == [[True] * 3, [True, False, False], [False, True, False], [False, False, True]]
@@ -221,7 +229,7 @@ def test_v_of_a_state_is_the_same_in_the_stored_and_in_the_fresh_episode(policy:
     critic = target_of(policy).with_heads({"q": "after_turn", "v": "before_turn"}, 0)
     episodes = play(policy)
     policy.engine = generate
-    batch = critic.collate([*episodes, *resampled(policy, episodes, Sampling(6), (3,))])
+    batch = critic.collate([*episodes, *resampled(policy, [(episodes[0], k) for k in range(3)], Sampling(6), (3,))])
     with torch.no_grad():
         v = critic.forward(batch, {"v", "q"})["v"]
     for k in range(3):

@@ -225,7 +225,7 @@ def test_resampling_keeps_the_states_and_trains_the_last_turn_alone() -> None:
     made = tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
     made.engine = generate
     stored = episode(([10, 11], [12, 1]), ([13], [14, 15, 1]), group=7, reward=1.0)
-    fresh = resampled(made, [stored], Sampling(4), (0,))
+    fresh = resampled(made, [(stored, 0), (stored, 1)], Sampling(4), (0,))
     assert [len(e.turns) for e in fresh] == [1, 2]
     assert [t.tolist() for t in (fresh[1].turns[0].seen, fresh[1].turns[0].did, fresh[1].turns[1].seen)] == [
         [10, 11],
@@ -251,7 +251,7 @@ def test_a_fresh_turn_that_the_limit_cuts_does_not_end_its_episode() -> None:
     made.engine = generate
     stored = [episode(([10 + g], [12, 1]), ([13], [14, 1]), group=g) for g in range(20)]
     made.end_ids = [1, *range(6, 200)]
-    fresh = resampled(made, stored, Sampling(2), (0,))
+    fresh = resampled(made, [(e, k) for e in stored for k in range(2)], Sampling(2), (0,))
     cut = [int(e.turns[-1].did[-1]) not in made.end_ids for e in fresh]
     assert 0 < sum(cut) < len(cut)
     assert [e.status for e in fresh] == [Status.TRUNCATED if c else Status.FINISHED for c in cut]
@@ -266,10 +266,23 @@ def test_a_step_of_a_resampling_buffer() -> None:
     buffer.add([episode(([10], [11, 1]), ([12], [13, 1]), group=g, reward=1.0) for g in range(6)])
     buffer.open({"policy": made}, Sampling(3), (0,))
     drawn: list[Episode] = buffer.draw(2, (0, 5))
-    assert [bool(e.info.get("fresh")) for e in drawn] == [False, True, True] * 2
-    assert len({e.group for e in drawn}) == 2
+    assert [bool(e.info.get("fresh")) for e in drawn] == [False, True] * 2
+    for stored, fresh in zip(drawn[::2], drawn[1::2], strict=True):
+        assert stored.group == fresh.group
+        k = len(fresh.turns) - 1
+        assert fresh.turns[k].seen.tolist() == stored.turns[k].seen.tolist()
     assert {e.group for e in buffer.draw(9, (0, 6))} >= {e.group for e in drawn}
-    assert np.unique([e.group for e in buffer.draw(9, (0, 6))]).size == 3
+    assert len(buffer.draw(9, (0, 6))) == 2 * 3
+
+
+def test_every_state_of_a_buffer_is_equally_likely_to_be_drawn_at() -> None:
+    made = tiny(layers=1, hidden=16, heads=1, kv_heads=1, ffn=16)
+    made.engine = generate
+    buffer = Buffer(BufferSpec(resample="policy", states=4))
+    buffer.add([episode(([10], [11, 1]), ([12], [13, 1]), ([12], [13, 1]), group=0), episode(([10], [11, 1]), group=1)])
+    buffer.open({"policy": made}, Sampling(3), (0,))
+    fresh = buffer.draw(9, (0, 5))[1::2]
+    assert sorted((e.group, len(e.turns)) for e in fresh) == [(0, 1), (0, 2), (0, 3), (1, 1)]
 
 
 def test_group_mean_is_read_from_the_stage(tmp_path: Path) -> None:
