@@ -1,12 +1,16 @@
-"""The synthetic preference task: the gold reward by hand, its pairs and labels, and splits that do not meet."""
+"""The synthetic preference task: the gold reward by hand, its pairs and labels, splits that do not meet, and its judge."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
 
-from rlx.data.synth_pref import gold, gold_reward, synth_pref
-from rlx.types import ConfigError, Episode
+from rlx.data.formats import turn
+from rlx.data.synth_pref import gold, gold_reward, synth_judge, synth_pref
+from rlx.rewards.judge import judge, question
+from rlx.types import Component, ConfigError, Episode, Message, Status, Task
 
 
 def asked(rows: list[Episode]) -> set[str]:
@@ -69,3 +73,48 @@ def test_splits_share_no_prompt_and_depend_on_the_seed_alone() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"expected|leave nothing"):
         synth_pref(**settings)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------- the judge
+def answers(*words: str) -> list[Episode]:
+    return [Episode(Task((Message("user", "abc"),)), 0, [turn(word)], Status.FINISHED) for word in words]
+
+
+def asks(first: str, second: str, **settings: float) -> list[str]:
+    return synth_judge([question(*answers(first, second), "Which is better?")], **settings)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "settings", "says"),
+    [
+        ("ab", "a", {}, "[[A]]"),  # 0.5 against 0.25
+        ("a", "ab", {}, "[[B]]"),
+        ("a", "ab", {"place": 0.3}, "[[A]]"),  # worse by 0.25, read first
+        ("a", "abc", {"place": 0.3}, "[[B]]"),  # worse by 0.5
+        ("abx", "a", {"length": 0.1}, "[[B]]"),  # 0 against 0.25: two letters more make up for 0.2
+        ("abx", "a", {"length": 0.2}, "[[A]]"),
+    ],
+)
+def test_the_judge_by_hand(first: str, second: str, settings: dict[str, float], says: str) -> None:
+    assert asks(first, second, **{"noise": 0.0, "place": 0.0, **settings}) == [says]
+
+
+def test_its_errors_are_normal_and_differ_between_the_votes_and_seeds_alone() -> None:
+    votes = asks("a", "ab", place=0.0, noise=0.25, n=4000)  # type: ignore[arg-type]
+    share = votes.count("[[A]]") / 4000
+    assert share == pytest.approx(0.1587, abs=0.018)  # one standard deviation from even; 3 of 4000 votes
+    assert asks("a", "ab", place=0.0, noise=0.25, n=4000) == votes  # type: ignore[arg-type]
+    assert asks("a", "ab", place=0.0, noise=0.25, n=4000, seed=1) != votes  # type: ignore[arg-type]
+
+
+def test_asked_in_both_orders_its_love_of_a_place_makes_ties_and_no_wrong_label() -> None:
+    llm = Component("mine", partial(synth_judge, noise=0.0, place=0.6))
+    near, far = answers("a", "abc"), answers("a", "abcabc")
+    assert judge(near, llm=llm) == [0.5, 0.5]
+    assert judge(near, llm=llm, swap=False) == [1.0, 0.0]
+    assert judge(far, llm=llm) == judge(far, llm=llm, swap=False) == [0.0, 1.0]
+
+
+def test_the_judge_answers_its_own_question_alone() -> None:
+    with pytest.raises(ConfigError, match="the question of the reward `judge` alone"):
+        synth_judge([[Message("user", "Which is better?")]])
