@@ -1,10 +1,13 @@
 """ArCHer (Zhou et al. 2024, arXiv 2402.19446): an off-policy critic of utterances, whose advantage trains the tokens.
 
 A turn's state s is the conversation before it, its action a the whole utterance. Twin critics Q(s, a) and V(s) learn from a
-buffer; the policy learns from utterances drawn afresh at the buffer's states.
+buffer; the policy learns from utterances drawn afresh at the buffer's states. Offline nothing is drawn: V is an
+`expectile_value` of the data's utterances, and the policy imitates them by `advantage_weighted`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,14 +53,18 @@ def utterance_advantage(
     fresh: Tensor,
     turn: Tensor,
     mask: Tensor,
+    *,
+    of: Literal["fresh", "stored"] = "fresh",
 ) -> Tensor:
     """A = min(Q, Q2)(s, a) - min(V, V2)(s) on every token of a freshly drawn utterance: (N,T), in units of reward (eq. 4).
 
-    0 on the stored utterances: their policy is not the one in training.
+    0 on the stored utterances: their policy is not the one in training. With `of: stored` it is the other way round: what
+    `advantage_weighted` imitates is in the data.
     """
     by_turn = torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2)
     by_token = by_turn.gather(1, turn.clamp(min=0))
-    return inside(by_token, mask & fresh[:, None])
+    chosen = fresh if of == "fresh" else ~fresh
+    return inside(by_token, mask & chosen[:, None])
 
 
 def turn_returns(
