@@ -19,7 +19,7 @@ def expectile_value(value: Tensor, returns: Tensor, mask: Tensor, *, expectile: 
     """w (V - R)^2, w = expectile where R is above V, else 1 - expectile: (N,T). With 0.5 it is `value_mse`.
 
     Its minimum is that expectile of R: near 1, what the best of the stored actions bring, without drawing any (IQL,
-    Kostrikov et al. 2021, arXiv 2110.06169, section 4.1). For utterances, `read`: {value: v, returns: target_q, mask: turn_mask}.
+    Kostrikov et al. 2021, arXiv 2110.06169). Turn by turn: `read: {value: v, returns: target_q, mask: turn_mask}`.
 
     Raises ConfigError if expectile is not between 0 and 1.
     """
