@@ -296,7 +296,7 @@ def test_what_is_measured_is_the_unshaped_reward() -> None:
 
 
 def test_without_bonus_and_input_it_is_plain_ppo_step_for_step(tmp_path: Path) -> None:
-    """The bonus weighs nothing and the subgoals are hidden: metrics and weights are those without a teacher or bonus, to the bit."""
+    """The bonus weighs nothing and the subgoals are hidden: metrics and weights are exactly those of PPO in the bare grid."""
     few = ["stages.rl.steps=2", "stages.rl.prompts_per_step=8", *(f"stages.{x}.limit=2" for x in ("rl.eval", "test", "alone"))]
     words = ["words_as_beacons", "task.rooms=2", *few]
     curves, nets, earned = [], [], []
