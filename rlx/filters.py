@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlx.types import Component, Episode, Keep, Status
+from rlx.types import Component, ConfigError, Episode, Keep, Status
 
 
 def chain(episodes: list[Episode], keep: Sequence[Component[Keep]]) -> list[Episode]:
@@ -34,6 +34,21 @@ def mixed_groups(episodes: list[Episode]) -> list[Episode]:
 def correct(episodes: list[Episode], *, threshold: float = 1.0) -> list[Episode]:
     """The episodes whose total reward is at least `threshold` (rejection sampling); nan is not."""
     return [episode for episode in episodes if episode.reward >= threshold]
+
+
+def top_returns(episodes: list[Episode], *, quantile: float = 0.9) -> list[Episode]:
+    """The episodes whose total reward is at least this quantile of all that were scored (filtered behaviour cloning).
+
+    0.9 keeps the best tenth, and what ties with its last. The quantile is that of the episodes given: of a step's, in a stage
+    or buffer. Between two returns it is interpolated, as numpy does; both sides are compared in float64.
+
+    Raises ConfigError if quantile is not from 0 to 1.
+    """
+    if not 0 <= quantile <= 1:
+        raise ConfigError(f"top_returns: expected a quantile from 0 to 1, got {quantile}")
+    scored = [episode for episode in episodes if not math.isnan(episode.reward)]
+    cutoff = np.quantile([episode.reward for episode in scored], quantile) if scored else 0.0
+    return [episode for episode in scored if episode.reward >= cutoff]
 
 
 def pass_rate(episodes: list[Episode], *, low: float = 0.0, high: float = 1.0, threshold: float = 1.0) -> list[Episode]:

@@ -15,10 +15,12 @@ PLAIN = (str, int, float, bool)
 def row_of(episode: Episode) -> dict[str, Any]:
     """The conversation as `prompt` and `completion` (of several turns: `messages`), with all that is plain beside it.
 
-    That is the answer, the columns of the task, the role, the reward, and what the sampler noted; images and tokens are not.
+    That is the columns of the task, what the sampler noted, the role and the reward; images and tokens are not. The answer is
+    the task's, or where it has none, what the sampler noted as one.
     """
     noted = {k: v for k, v in {**episode.task.meta, **episode.info}.items() if isinstance(v, PLAIN)}
-    beside = {**noted, "answer": episode.task.answer, "agent": episode.agent, "reward": episode.reward}
+    gold = {} if episode.task.answer is None else {"answer": episode.task.answer}
+    beside = {**noted, **gold, "agent": episode.agent, "reward": episode.reward}
     prompt = [_plain(m) for m in episode.task.prompt]
     if not episode.turns:
         return {**beside, "prompt": prompt}

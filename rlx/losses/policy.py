@@ -16,6 +16,19 @@ def policy_gradient(logp: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
     return -inside(adv, mask) * inside(logp, mask)
 
 
+def advantage_weighted(logp: Tensor, adv: Tensor, mask: Tensor, *, inverse_temperature: float = 1.0) -> Tensor:
+    """-exp(lambda A) log pi, lambda the inverse temperature: (N,T). With 0 it is `nll`, behaviour cloning.
+
+    Imitates what was done, the better it was the more, on tokens that any policy drew (advantage-weighted regression, Peng
+    et al. 2019, arXiv 1910.00177). The weight is limited to exp(20), as ratios are.
+
+    Raises ConfigError if inverse_temperature is negative.
+    """
+    if inverse_temperature < 0:
+        raise ConfigError(f"advantage_weighted: inverse_temperature must not be negative, got {inverse_temperature}")
+    return -ratio(inverse_temperature * inside(adv, mask)) * inside(logp, mask)
+
+
 def clipped_surrogate(
     logp: Tensor,
     old_logp: Tensor,

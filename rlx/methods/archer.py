@@ -1,10 +1,13 @@
 """ArCHer (Zhou et al. 2024, arXiv 2402.19446): an off-policy critic of utterances, whose advantage trains the tokens.
 
 A turn's state s is the conversation before it, its action a the whole utterance. Twin critics Q(s, a) and V(s) learn from a
-buffer; the policy learns from utterances drawn afresh at the buffer's states.
+buffer; the policy learns from utterances drawn afresh at the buffer's states. Offline nothing is drawn: V is an
+`expectile_value` of the data's utterances, and the policy imitates them by `advantage_weighted`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,20 +55,23 @@ def utterance_advantage(
     turn_mask: Tensor,
     mask: Tensor,
     *,
+    of: Literal["fresh", "stored"] = "fresh",
     center: bool = False,
 ) -> Tensor:
     """A = min(Q, Q2)(s, a) - min(V, V2)(s) on every token of a freshly drawn utterance: (N,T), in units of reward (eq. 4).
 
-    0 on the stored utterances: their policy is not the one in training. `center` takes off the mean over the fresh ones: the
-    twins differ more in Q than in V, so the difference of their minima is below 0 in the mean, and a policy that learns fast
-    flees from all that it says.
+    0 on the stored utterances: their policy is not the one in training. With `of: stored` it is the other way round: what
+    `advantage_weighted` imitates is in the data. `center` takes off the mean over these utterances: the twins differ more in
+    Q than in V, so the difference of their minima is below 0 in the mean, and a policy that learns fast flees from all that
+    it says.
     """
-    drawn = turn_mask & fresh[:, None]
-    by_turn = inside(torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2), drawn)
+    chosen = (fresh if of == "fresh" else ~fresh)[:, None]
+    own = turn_mask & chosen
+    by_turn = inside(torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2), own)
     if center:
-        by_turn = inside(by_turn - by_turn.sum() / drawn.sum().clamp(min=1), drawn)
+        by_turn = inside(by_turn - by_turn.sum() / own.sum().clamp(min=1), own)
     by_token = by_turn.gather(1, turn.clamp(min=0))
-    return inside(by_token, mask & fresh[:, None])
+    return inside(by_token, mask & chosen)
 
 
 def turn_returns(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from rlx.check import components
+from rlx.compose import compose
 from rlx.data.text_games import twenty_questions
 from rlx.envs.twenty_questions import TwentyQuestions
+from rlx.losses.likelihood import nll
+from rlx.losses.policy import advantage_weighted, policy_gradient
 from rlx.methods.archer import turn_returns, utterance_advantage, utterance_td, value_of_fresh
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
+from rlx.plan import plan
 from rlx.reduce import seq_sum
 from rlx.rewards.env import played_out
 from rlx.rewards.score import score
 from rlx.rollout.native import generate
 from rlx.rollout.samplers import plain, resampled
-from rlx.stages.models import target_of
+from rlx.stages.models import ModelSpec, follow, target_of, weights
 from rlx.types import Component, Counts, Episode, Message, Play, Sampling, Turn, View
 
 # A stored episode of three turns, one of a turn that was cut, and a fresh utterance at the second turn of the first.
@@ -107,6 +113,20 @@ def test_the_mean_advantage_is_0_where_v_is_the_mean_of_q() -> None:
     assert float((probs[:, None] * adv).sum()) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_with_tau_1_a_target_is_a_copy_and_with_0_it_stays(policy: LanguageModel) -> None:
+    """tau = 1 - decay."""
+    critic = target_of(policy).with_heads({"q": "after_turn", "v": "before_turn"}, 0)
+    models = {"critic": critic, "copied": target_of(critic), "kept": target_of(critic)}
+    with torch.no_grad():
+        for weight in weights(critic):
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    specs = {"copied": ModelSpec(ema="critic", decay=0.0), "kept": ModelSpec(ema="critic", decay=1.0)}
+    follow(models, specs, "critic")
+    for now, copied, kept in zip(weights(critic), weights(models["copied"]), weights(models["kept"]), strict=True):
+        assert torch.equal(copied, now)
+        assert not torch.equal(kept, now)
+
+
 # --------------------------------------------------------------------------- gradients and masks
 def test_q_moves_towards_its_target_and_v_towards_q() -> None:
     q, v = Q.clone().requires_grad_(), V.clone().requires_grad_()
@@ -134,6 +154,64 @@ def test_the_actors_loss_is_a_sum_over_the_tokens_of_an_utterance() -> None:
     x = torch.full((1, 4), -0.5)
     mask = torch.tensor([[True, True, True, False]])
     assert float(seq_sum(x, mask, Counts(3.0, 1.0))) == -1.5
+
+
+def test_the_actors_gradient_is_linear_in_the_advantage(policy: LanguageModel) -> None:
+    batch = policy.collate(play(policy))
+
+    def gradient(times: float) -> torch.Tensor:
+        adv = times * turn_returns(batch["turn_reward"], batch["turn_mask"], batch["turn"], batch["mask"], baseline=False)
+        policy.module.zero_grad()
+        loss = policy_gradient(policy.forward(batch, {"logp"})["logp"], adv, batch["mask"])
+        seq_sum(loss, batch["mask"], Counts(1.0, 1.0)).backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    once = gradient(1.0)
+    assert float(once.abs().max()) > 1e-3
+    for times in (3.0, -0.5, 0.0):
+        torch.testing.assert_close(gradient(times), times * once, atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------- offline
+def test_offline_the_advantage_is_that_of_the_stored_utterances() -> None:
+    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, of="stored")
+    expected = torch.zeros(3, 6)
+    expected[0, :2], expected[0, 3], expected[0, 5], expected[1, 1] = -0.5, -0.5, 1.5, 0.0
+    expected[1, 0] = 3.0
+    torch.testing.assert_close(adv, expected)
+    fresh = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0)
+    torch.testing.assert_close(adv + fresh, utterance_advantage(Q, Q, V, V, FRESH | True, TURN, TURN_MASK, TURN >= 0))
+
+
+def test_offline_utterances_are_imitated_by_the_advantage_of_the_whole() -> None:
+    """Weights exp(lambda A) = exp(-1), exp(3) and exp(6) on every token of an utterance; with lambda 0, plain BC."""
+    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, of="stored")[:2]
+    logp, mask = torch.full((2, 6), -1.0), TURN[:2] >= 0
+    expected = torch.zeros(2, 6)
+    expected[0, :2], expected[0, 3], expected[0, 5], expected[1, 0] = math.exp(-1), math.exp(-1), math.exp(3), math.exp(6)
+    torch.testing.assert_close(advantage_weighted(logp, adv, mask, inverse_temperature=2.0), expected)
+    torch.testing.assert_close(advantage_weighted(logp, adv, mask, inverse_temperature=0.0), nll(logp, mask))
+
+
+def test_the_offline_losses_bind_by_turn_and_work_on_a_generated_batch() -> None:
+    config = compose(["archer"]).config
+    rl = config["stages"]["rl"]
+    rl["buffers"] = {"played": {"keep": [{"name": "top_returns", "quantile": 0.9}]}}
+    value = {"name": "expectile_value", "expectile": 0.9, "read": {"value": "v", "returns": "target_q", "mask": "turn_mask"}}
+    rl["updates"]["critic"]["loss"] = [{"name": "utterance_td", "gamma": 0.99}, value]
+    actor = rl["updates"]["actor"]
+    actor["advantage"], actor["loss"] = [{"name": "utterance_advantage", "of": "stored"}], [{"name": "advantage_weighted"}]
+    assert components(plan(config)) == []
+
+
+# --------------------------------------------------------------------------- the recipe
+@pytest.mark.parametrize("name", ["archer", "paper/archer"])
+def test_the_critic_is_warmed_up_before_the_actor_moves(name: str) -> None:
+    """Near 0 where each step costs 1, a critic is an optimist: the actor waits until it has seen some returns."""
+    updates = plan(compose([name]).config).stages["rl"].all_updates()
+    first = {k: next(step for step in range(1, 100) if u.due(step, 1)) for k, u in updates.items()}
+    assert first["critic"] == 1
+    assert first["actor"] > 5
 
 
 # --------------------------------------------------------------------------- exact tokens of a conversation

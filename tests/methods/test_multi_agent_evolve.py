@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 from rlx.advantages import role_whitened
+from rlx.compose import compose
 from rlx.data.clock_doubles import clock_doubles, clock_judge, clock_level, level, right, solution
+from rlx.data.files import jsonl
 from rlx.data.roles import LETTERS, RUBRIC, form, score, tagged
+from rlx.data.rows import write
 from rlx.filters import roles
 from rlx.losses.policy import policy_gradient
 from rlx.methods.multi_agent_evolve import (
@@ -25,6 +29,7 @@ from rlx.methods.multi_agent_evolve import (
     proposer_reward,
     solver_reward,
 )
+from rlx.plan import plan
 from rlx.types import Component, ConfigError, Episode, Message, Play, Sampling, Task, Turn, View
 
 HOSTILE = [
@@ -294,6 +299,34 @@ def test_a_question_joins_the_pool_once_and_the_pool_is_used() -> None:
     assert for_pool(later, pool="questions") == []  # it is there
     assert {prompt for prompt, _ in again.asked if prompt[0] == "P"} == {"P:999....."}
     assert {e.info["question"] for e in by_role(later)["solver"]} == {"999....."}
+
+
+@pytest.mark.parametrize("name", ["multi_agent_evolve", "paper/multi_agent_evolve"])
+def test_both_pools_are_part_of_every_checkpoint(name: str) -> None:
+    buffers = plan(compose([name]).config).stages["rl"].buffers
+    assert {pool for pool, spec in buffers.items() if spec.save} == {"questions", "pairs"}
+
+
+def test_pools_that_are_read_back_lead_to_the_same_curriculum(tmp_path: Path) -> None:
+    """As a checkpoint writes them: questions and pairs of three steps, then a step from them and one from what was read."""
+    pools: dict[str, list[Episode]] = {"questions": [], "pairs": []}
+    for question in ("999.....", "12......", "5......."):
+        out = multi_agent_evolve(play(Script(script(question)), pools), rows(), 2, **EASY)
+        pools = {pool: [*kept, *for_pool(out, pool=pool)] for pool, kept in pools.items()}  # type: ignore[arg-type]
+    read = {}
+    for pool, episodes in pools.items():
+        write(tmp_path / f"{pool}.jsonl", episodes)
+        read[pool] = jsonl(path=str(tmp_path / f"{pool}.jsonl"))
+
+    def step(pools: dict[str, list[Episode]]) -> tuple[list[Any], list[float], int]:
+        policy = Script(script("12......"))
+        out = multi_agent_evolve(play(policy, pools), rows(), 2, **EASY | {"reference": 1.0})
+        return policy.asked, [e.turns[0].reward for e in out], len(for_pool(out, pool="questions"))
+
+    assert [len(read[pool]) for pool in pools] == [3, 18]
+    assert step(read) == step(pools)
+    assert step(read)[2] == 0  # the question is known
+    assert step(read) != step({"questions": [], "pairs": []})
 
 
 def test_a_stored_row_is_read_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from rlx.filters import chain
 from rlx.losses.policy import clipped_surrogate, kl
 from rlx.models.tiny_vlm import tiny_vlm
 from rlx.plan import plan
-from rlx.rewards.alignment import scaled
+from rlx.rewards.alignment import clip_similarity, scaled
 from rlx.rewards.score import score
 from rlx.run import run
-from rlx.types import Component, Episode, Message, Task, Turn
+from rlx.stages.summary import summary
+from rlx.types import Component, ConfigError, Episode, Message, Task, Turn
 
 FOUR = [HEADINGS[0], HEADINGS[1], HEADINGS[3], HEADINGS[4]]
 SCENE = (Thing(2, "red", "circle"), Thing(3, "blue", "square"), Thing(8, "red", "cross"))
@@ -92,6 +94,26 @@ def test_the_warm_up_leaves_vision_and_projector_as_they_are_and_perception_trai
     assert all(torch.equal(base[name], sft[name]) for name in eyes)
     assert any(not torch.equal(base[name], sft[name]) for name in base if name not in eyes)
     assert sum(not torch.equal(sft[name], perceive[name]) for name in moving) > len(moving) / 2
+
+
+@pytest.mark.parametrize("name", ["pebr_r1", "paper/pebr_r1"])
+def test_each_stage_of_rl_is_held_to_the_model_that_it_starts_from(name: str) -> None:
+    stages = plan(compose([name]).config).stages
+    for stage in ("perceive", "reason"):
+        assert stages[stage].reference == stages[stage].policy
+    assert str(stages["reason"].reference) == "@perceive"
+
+
+def test_a_scorer_that_fails_is_counted_and_not_paid_as_0() -> None:
+    """One that cannot score says nan, and the episode is left out; one that raises stops the run."""
+    whole, broken = said(HEADINGS[0], 20), said(HEADINGS[0], 20)
+    alignment = Component("alignment", lambda group: [0.5, float("nan")], weight=0.4)
+    score([whole, broken], [alignment], "stages.perceive.reward")
+    metrics = summary([whole], [whole, broken])
+    assert (metrics["reward"], metrics["reward/failures"]) == (pytest.approx(0.2), 1.0)
+    clip = Component("clip_similarity", partial(clip_similarity, path="./none"), weight=0.4)
+    with pytest.raises(ConfigError, match="expected a directory that save_pretrained wrote"):
+        score([said(HEADINGS[0], 20)], [clip], "stages.perceive.reward")
 
 
 def test_a_group_of_equal_rewards_contributes_the_kl_term_alone() -> None:

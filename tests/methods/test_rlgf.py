@@ -102,6 +102,19 @@ def test_masks_by_hand() -> None:
     assert {name: (restart[name].tolist(), improve[name].tolist()) for name in restart} == expected
 
 
+def test_at_the_same_switch_the_two_schemes_train_on_complements() -> None:
+    """Of the string, whatever its length and switch; at switch 0, ppo_plus_plus has it all."""
+    for length in range(1, 8):
+        ids = np.arange(length)
+        whole = Turn(ids[:0], ids, np.zeros(length, np.float32), info={"truncated": False})
+        for at in range(length):
+            rest = replace(whole, did=ids[at:], logp=whole.logp[at:])
+            restart, improve = (spliced(POLICY, ids[:0], head(whole, at), rest, guide_first=g).token for g in (True, False))
+            assert (restart["trained"] ^ improve["trained"]).all()
+            assert improve["trained"].sum() == at
+            assert (restart["critic_mask"] == improve["guide_critic_mask"]).all()
+
+
 def test_without_a_roll_in_aggrevated_trains_the_guides_critic_alone() -> None:
     batch = POLICY.collate(sampled(scheme="aggrevated", beta=0.0))
     assert not batch["mask"].any()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlx.compose import compose
 from rlx.envs.beacon_grid import (
@@ -31,6 +33,8 @@ from rlx.envs.subgoals import CODES, WIDTHS, Guided, Show, shown
 from rlx.envs.teachers import describe, grid_rules, llm_teacher, noisy_teacher, parse, quality
 from rlx.methods.words_as_beacons import Guide, beacongrid, bonuses, subgoal_bonus
 from rlx.plan import plan
+from rlx.rewards.env import env
+from rlx.rewards.score import score
 from rlx.run import read_json, run
 from rlx.types import Component, ConfigError, Episode, Task, Turn
 
@@ -269,18 +273,45 @@ def test_settings_out_of_range_are_refused() -> None:
         beacongrid(limit=0)
 
 
+@pytest.mark.parametrize("name", ["words_as_beacons", "paper/words_as_beacons"])
+def test_all_bonuses_of_a_level_are_worth_less_than_success(name: str) -> None:
+    """N alpha < 1, with the longest list of subgoals: near 1 the optimum can shift."""
+    config = compose([name]).config
+    weights = {reward["name"]: reward.get("weight", 1.0) for reward in config["stages"]["rl"]["reward"]}
+    longest = max(len(x.oracle) for x in some_levels()) if config["task"]["name"] == "beacongrid" else 3
+    assert weights["env"] == 1.0
+    assert 0 < longest * weights["subgoal_bonus"] < 1.0
+
+
+def test_what_is_measured_is_the_unshaped_reward() -> None:
+    """A bonus is no success, and what the environment paid is logged beside it."""
+    turn = Turn(NONE, np.zeros(9, np.int64), np.zeros(9, np.float32))
+    turn.token = {"completed": np.eye(9, dtype=np.float32)[4], "reward": np.zeros(9, np.float32)}
+    lost = Episode(Task((), None, {"limit": 10}), 0, [turn])
+    rewards = [Component("env", env), Component("subgoal_bonus", subgoal_bonus, weight=0.2)]
+    score([lost], rewards, "stages.rl.reward")
+    assert beacongrid().verifier([lost]) == [0.0]
+    assert lost.rewards == {"env": 0.0, "subgoal_bonus": pytest.approx(0.5)}
+    assert lost.reward == pytest.approx(0.1)
+
+
 def test_without_bonus_and_input_it_is_plain_ppo_step_for_step(tmp_path: Path) -> None:
-    """The bonus weighs nothing and the subgoals are hidden: metrics equal those without a teacher, to the bit."""
-    words = ["words_as_beacons", "scale=smoke", "stages.rl.max_new_tokens=40"]
-    curves = []
+    """The bonus weighs nothing and the subgoals are hidden: metrics and weights are exactly those of PPO in the bare grid."""
+    few = ["stages.rl.steps=2", "stages.rl.prompts_per_step=8", *(f"stages.{x}.limit=2" for x in ("rl.eval", "test", "alone"))]
+    words = ["words_as_beacons", "task.rooms=2", *few]
+    curves, nets, earned = [], [], []
     for name, extra in (
         ("silent", ["task.guide.hidden=true", "stages.rl.reward.1.weight=0.0"]),
-        ("plain", ["task.guide.teaches=false"]),
+        ("plain", ["task.guide.teaches=false", "stages.rl.reward=[{name: env}]"]),
     ):
         folder = tmp_path / name
         run(plan(compose([*words, *extra]).config), folder)
+        nets.append(load_file(folder / "rl" / "out" / "model.safetensors"))
         lines = (folder / "rl" / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
+        earned.append(sum(row.get("reward/subgoal_bonus", 0.0) for row in rows))
         curves.append([{k: v for k, v in row.items() if "second" not in k and "bonus" not in k} for row in rows])
         assert read_json(folder / "run.json")["status"] == "finished"
+    assert earned[0] > 0 == earned[1]  # there was something to be silent about
     assert curves[0] == curves[1]
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0] | nets[1])

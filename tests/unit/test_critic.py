@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlx.advantages import gae, returns
 from rlx.derive import lambda_returns
-from rlx.losses.value import clipped_value, value_mse
+from rlx.losses.value import clipped_value, expectile_value, value_mse
 from rlx.types import ConfigError
 
 REWARD, VALUE = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7]])
@@ -102,7 +102,8 @@ def test_the_losses_are_zero_outside_the_mask(garbage: float) -> None:
     mask = torch.tensor([[True, False]])
     value = torch.tensor([[0.5, garbage]], requires_grad=True)
     target = torch.tensor([[1.0, garbage]])
-    for loss in (value_mse(value, target, mask), clipped_value(value, value.detach(), target, mask)):
+    losses = value_mse(value, target, mask), clipped_value(value, value.detach(), target, mask)
+    for loss in (*losses, expectile_value(value, target, mask)):
         assert float(loss.detach()[0, 1]) == 0
         (grad,) = torch.autograd.grad(loss.sum(), value)
         assert grad.isfinite().all()
@@ -112,3 +113,28 @@ def test_the_losses_are_zero_outside_the_mask(garbage: float) -> None:
 def test_clipped_value_refuses_a_clip_that_is_not_positive() -> None:
     with pytest.raises(ConfigError, match="clip"):
         clipped_value(VALUE, VALUE, VALUE, ALL, clip=0.0)
+
+
+# --------------------------------------------------------------------------- expectiles
+def test_an_expectile_by_hand_and_the_middle_one_is_half_the_squared_error() -> None:
+    value, target, mask = torch.zeros(1, 3), torch.tensor([[2.0, -2.0, 9.0]]), torch.tensor([[True, True, False]])
+    torch.testing.assert_close(expectile_value(value, target, mask, expectile=0.9), torch.tensor([[3.6, 0.4, 0.0]]))
+    _, value, _, mask = random_batch()
+    target = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(expectile_value(value, target, mask, expectile=0.5), value_mse(value, target, mask))
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.9, 0.99])
+def test_the_minimum_is_the_expectile_of_the_targets(expectile: float) -> None:
+    """Of 0 and 1, equally often, the expectile e is e itself: (1 - e) e = e (1 - e)."""
+    value = torch.full((1, 2), expectile, requires_grad=True)
+    loss = expectile_value(value, torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool), expectile=expectile)
+    (slope,) = torch.autograd.grad(loss.sum(), value)
+    assert float(slope.sum()) == pytest.approx(0.0, abs=1e-6)
+    assert float(slope.abs().sum()) > 0.01
+
+
+@pytest.mark.parametrize("expectile", [0.0, 1.0, 1.5])
+def test_an_expectile_that_is_none_is_refused(expectile: float) -> None:
+    with pytest.raises(ConfigError, match=f"expectile must be between 0 and 1, got {expectile}"):
+        expectile_value(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), expectile=expectile)

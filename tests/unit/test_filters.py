@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
 from rlx.advantages import group_zscore
-from rlx.filters import correct, mixed_groups, untruncated
-from rlx.types import Episode, Status, Task
+from rlx.filters import correct, mixed_groups, top_returns, untruncated
+from rlx.types import ConfigError, Episode, Status, Task
 
 NAN = float("nan")
 
@@ -45,6 +47,24 @@ def test_correct_keeps_the_threshold_itself_and_no_unscored_episode() -> None:
     assert kept(correct(rows, threshold=-1.0), rows) == [0, 1, 3, 4]
 
 
+def test_top_returns_keeps_what_reaches_the_quantile_of_all_returns() -> None:
+    draws = np.random.default_rng(0).normal(size=200).tolist()
+    rows = episodes([*draws, NAN], [i // 4 for i in range(201)])
+    cutoff = np.quantile(draws, 0.9)
+    assert kept(top_returns(rows), rows) == [i for i, x in enumerate(draws) if x >= cutoff]
+    assert len(top_returns(rows)) == 20
+    assert len(top_returns(rows, quantile=0.0)) == 200
+    assert kept(top_returns(rows, quantile=1.0), rows) == [int(np.argmax(draws))]
+
+
+def test_top_returns_keeps_ties() -> None:
+    rows = episodes([-12.0, -3.0, -3.0, -5.0], [0, 0, 1, 1])
+    assert kept(top_returns(rows), rows) == [1, 2]
+    assert len(top_returns(episodes([0.1] * 3, [0] * 3))) == 3
+    with pytest.raises(ConfigError, match=r"a quantile from 0 to 1, got 90"):
+        top_returns(rows, quantile=90)
+
+
 def test_untruncated() -> None:
     rows = episodes([0.0] * 4, [0] * 4)
     for row, status in zip(rows, [Status.FINISHED, Status.TRUNCATED, Status.RUNNING, Status.TRUNCATED], strict=True):
@@ -53,4 +73,5 @@ def test_untruncated() -> None:
 
 
 def test_nothing_to_filter() -> None:
-    assert mixed_groups([]) == correct([]) == untruncated([]) == []
+    assert mixed_groups([]) == correct([]) == untruncated([]) == top_returns([]) == []
+    assert top_returns(episodes([NAN], [0])) == []

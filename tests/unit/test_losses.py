@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -164,6 +165,27 @@ def test_losses_and_gradients_stay_finite_at_extreme_ratios() -> None:
     assert float(grad) == 1.0
 
 
+def test_at_inverse_temperature_0_advantage_weighted_is_plain_imitation() -> None:
+    torch.manual_seed(0)
+    x, adv = torch.randn(4, 6), torch.randn(4, 6)
+    mask = torch.rand(4, 6) < 0.7
+    logp = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(likelihood.nll(logp, mask).sum(), logp)
+    loss = policy.advantage_weighted(logp, adv, mask, inverse_temperature=0.0)
+    torch.testing.assert_close(loss, likelihood.nll(x, mask), atol=0, rtol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    torch.testing.assert_close(gradient, expected, atol=0, rtol=0)
+
+
+def test_advantage_weighted_by_hand() -> None:
+    """exp(2 x 0.5) = e; the gradient is minus the weight, whatever its sign; and a weight has an end."""
+    assert float(policy.advantage_weighted(one(-3.0), one(0.5), HERE, inverse_temperature=2.0)) == pytest.approx(3 * math.e)
+    assert slope(lambda x: policy.advantage_weighted(x, one(-1.0), HERE)) == pytest.approx(-math.exp(-1))
+    assert slope(lambda x: policy.advantage_weighted(x, one(1000.0), HERE)) == pytest.approx(-math.exp(20))
+    with pytest.raises(ConfigError, match=r"inverse_temperature must not be negative, got -1\.0"):
+        policy.advantage_weighted(one(0), one(0), HERE, inverse_temperature=-1.0)
+
+
 def test_half_precision_comes_out_as_float32() -> None:
     half = one(-1.5).bfloat16()
     for x in (
@@ -181,6 +203,7 @@ TERMS: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "nll": (1, likelihood.nll),
     "entropy": (1, likelihood.entropy),
     "policy_gradient": (2, policy.policy_gradient),
+    "advantage_weighted": (2, policy.advantage_weighted),
     "clipped_surrogate": (3, policy.clipped_surrogate),
     "dual_clip": (3, lambda *x: policy.clipped_surrogate(*x, dual_clip=3.0)),
     "k1": (2, lambda *x: policy.kl(*x, estimator="k1")),

@@ -45,6 +45,41 @@ def test_the_gradient_of_dpo_is_minus_beta_sigmoid_of_minus_h() -> None:
     assert (logp.grad[[1, 3]] == 0).all()
 
 
+def test_smoothed_dpo_is_least_where_the_label_is_as_likely_as_it_is_right() -> None:
+    """sigmoid(h) = 1 - e, so that the margin stays finite; without smoothing there the loss still falls."""
+
+    def slope(smoothing: float) -> float:
+        logp = torch.tensor([[math.log(0.8 / 0.2)], [0.0]], requires_grad=True)
+        args = torch.zeros(2, 1), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2), torch.tensor([1.0, -1.0])
+        dpo(logp, *args, beta=1.0, label_smoothing=smoothing).sum().backward()  # type: ignore[no-untyped-call]
+        assert logp.grad is not None
+        return float(logp.grad[0])
+
+    assert slope(0.2) == pytest.approx(0.0, abs=1e-6)
+    assert slope(0.0) == pytest.approx(-0.2, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_expected_dpo_is_stationary_at_the_optimum_of_rlhf(beta: float) -> None:
+    """pi* = ref exp(r / beta) / Z has no gradient where pairs are drawn from ref and labelled by Bradley-Terry on r."""
+    ref, r = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.0, 0.4, -0.3])
+    every = [(i, j) for i in range(3) for j in range(3) if i != j]
+    rows = torch.tensor([i for pair in every for i in pair])
+    group, label = torch.arange(len(every)).repeat_interleave(2), torch.tensor([1.0, -1.0] * len(every))
+    weight = torch.stack([(ref[i] + ref[j]).exp() * torch.sigmoid(r[i] - r[j]) for i, j in every])
+
+    def gradient(logits: Tensor) -> Tensor:
+        z = logits.clone().requires_grad_()
+        mask = torch.ones(len(rows), 1, dtype=torch.bool)
+        loss = dpo(z.log_softmax(-1)[rows, None], ref[rows, None], mask, group, label, beta=beta)
+        (weight * loss).sum().backward()  # type: ignore[no-untyped-call]
+        assert z.grad is not None
+        return z.grad
+
+    torch.testing.assert_close(gradient(ref + r / beta), torch.zeros(3), atol=1e-6, rtol=0)
+    assert float(gradient(ref).abs().max()) > 1e-3 * beta
+
+
 def test_positions_outside_the_mask_change_neither_loss_nor_gradient() -> None:
     found = []
     for garbage in (0.0, float("nan"), float("-inf")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pytest
 
 from rlx.data.text_games import maze, twenty_questions
@@ -114,6 +115,19 @@ def test_shortest_paths_are_the_fully_observed_optimum() -> None:
             texts.append(shortest(at))
             at = moved(at, MOVES[texts[-1]])
         assert sum(reward for _, reward, _ in walk(start, *texts)) == 1 - distances()[start]
+
+
+def test_random_play_by_dynamic_programming_and_by_demonstrations() -> None:
+    """About -85.8, the card says: the cost of 100 random moves and the step after them, by cells."""
+    cost = dict.fromkeys(STARTS, -1.0)
+    for _ in range(100):
+        ahead = {cell: [moved(cell, move) for move in MOVES.values()] for cell in STARTS}
+        cost = {cell: sum(cost[to] - 1 if to != GOAL else 0.0 for to in ahead[cell]) / 4 for cell in STARTS}
+    expected = sum(cost.values()) / 25
+    assert expected == pytest.approx(-85.8, abs=0.2)
+    played = [sum(turn.reward for turn in e.turns) for e in maze(demos=300).splits["demos"]()]
+    assert abs(np.mean(played) - expected) < 4 * np.std(played) / 300**0.5
+    assert min(played) == -101.0
 
 
 def test_the_partially_observed_optimum_by_beliefs() -> None:

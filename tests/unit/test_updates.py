@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from architectures import episode
@@ -511,6 +510,9 @@ def test_a_row_of_an_episode_says_what_is_plain() -> None:
     said = {"level": 1, "question": "q", "answer": "4", "agent": "solver", "reward": 0.5}
     assert row_of(one) == {**said, "prompt": prompt, "completion": "4"}
     assert row_of(replace(one, turns=[])) == {**said, "prompt": prompt}
+    noted = replace(one, info={"question": "q", "answer": "5"})
+    assert row_of(noted)["answer"] == "4"
+    assert row_of(replace(noted, task=Task(one.task.prompt)))["answer"] == "5"  # a task without one: what was answered
     two = replace(one, turns=[turn("3", [Message("tool", "no")]), turn("4")])
     talk = [*prompt, {"role": "assistant", "content": "3"}, {"role": "tool", "content": "no"}]
     assert row_of(two) == {**said, "messages": [*talk, {"role": "assistant", "content": "4"}]}
