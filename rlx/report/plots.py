@@ -41,12 +41,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over optimiser steps. `name` is the file's name, `y` the axis label."""
+    """Lines over optimiser steps, or over `x`. `name` is the file's name, `y` the axis label."""
 
     name: str
     title: str
     y: str
     lines: list[Line]
+    x: str = "step"
 
 
 # --------------------------------------------------------------------------- which charts
@@ -66,6 +67,7 @@ def stage_charts(stage: StageLog) -> tuple[list[Chart], list[Chart]]:
     judged = {key for group in groups for key in group}
     rest = sorted((key for key in keys if key not in judged), key=_late)
     main = [_chart(stage, [key for key in group if key in keys]) for group in groups]
+    main += [_over_kl(stage, parts, key) for key in keys if parts and key.rpartition("/")[2] == "ref_kl"]
     return [chart for chart in main if chart.lines], [_chart(stage, [key]) for key in rest]
 
 
@@ -98,6 +100,17 @@ def _chart(stage: StageLog, keys: list[str]) -> Chart:
     spoken = _spoken(keys[0]) if len(keys) == 1 else "evaluation" if keys and "eval/" in keys[0] else "reward parts"
     name = keys[0] if len(keys) == 1 else spoken
     return Chart(_file_name(stage.name, name), f"{stage.name}: {spoken}", _axis(*keys), lines)
+
+
+def _over_kl(stage: StageLog, parts: list[str], kl: str) -> Chart:
+    """The parts of the reward over the distance from the reference: what is paid against what was meant, if both are parts."""
+    at = dict(zip(*series(stage, kl), strict=True))
+    lines = []
+    for key in parts:
+        points = sorted((at[step], y) for step, y in zip(*series(stage, key), strict=True) if step in at)
+        lines.append(_line(_spoken(key), [x for x, _ in points], [y for _, y in points], key))
+    name = _file_name(stage.name, "reward parts over", kl)
+    return Chart(name, f"{stage.name}: reward parts over KL", "reward", lines, x="KL to the reference (nats)")
 
 
 def _line(label: str, x: list[float], y: list[float], key: str) -> Line:
@@ -182,12 +195,13 @@ def _draw(chart: Chart) -> Any:
             axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
         marker = "o" if line.points else ""
         drawn += axes.plot(line.x, line.y, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=3.6)
-    last = max([1.0, *(step for line in chart.lines for step in line.x)])
+    steps = chart.x == "step"
+    last = max([1.0 if steps else 1e-9, *(x for line in chart.lines for x in line.x)])
     axes.set_xlim(-0.03 * last, 1.03 * last)
     axes.set_title(chart.title, loc="left", fontsize=9.5, fontweight="bold")
-    axes.set_xlabel("step")
+    axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=steps, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if len(drawn) > 1:
         labels = [line.label if len(line.label) < 60 else line.label[:57] + "..." for line in chart.lines]

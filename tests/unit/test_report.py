@@ -296,6 +296,20 @@ def test_noisy_metrics_are_smoothed_above_their_raw_values_and_evaluations_are_p
     assert line.y == plots.smooth(line.faint[0][1], 5)
 
 
+def test_the_parts_of_a_reward_are_drawn_over_the_kl_to_the_reference():
+    kl, proxy, gold = [0.0, 0.4, 0.2], [0.0, 3.0, 1.0], [0.0, -1.0, 2.0]
+    names = ("step", "policy/ref_kl", "reward", "reward/model_score", "reward/verifier")
+    rows = [dict(zip(names, values, strict=True)) for values in zip([1, 2, 3], kl, proxy, proxy, gold, strict=True)]
+    main, _ = plots.stage_charts(read.StageLog("ppo", "online", rows, [], True))
+    chart = main[-1]
+    assert (chart.title, chart.x, chart.y) == ("ppo: reward parts over KL", "KL to the reference (nats)", "reward")
+    assert [(line.label, line.x, line.y) for line in chart.lines] == [
+        ("model score", [0.0, 0.2, 0.4], [0.0, 1.0, 3.0]),
+        ("verifier", [0.0, 0.2, 0.4], [0.0, 2.0, -1.0]),
+    ]
+    assert "KL to the reference (nats)" in plots.svg(chart)
+
+
 def test_smooth_is_the_mean_around_each_value():
     assert plots.smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
     assert plots.smooth([1.0, 2.0], 1) == [1.0, 2.0]
