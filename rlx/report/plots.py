@@ -110,7 +110,7 @@ def _over_kl(stage: StageLog, parts: list[str], kl: str) -> Chart:
         points = sorted((at[step], y) for step, y in zip(*series(stage, key), strict=True) if step in at)
         lines.append(_line(_spoken(key), [x for x, _ in points], [y for _, y in points], key))
     name = _file_name(stage.name, "reward parts over", kl)
-    return Chart(name, f"{stage.name}: reward parts over KL", "reward", lines, x="KL to the reference (nats)")
+    return Chart(name, f"{stage.name}: reward parts over KL", "reward", lines, x="KL to the reference (nats a token)")
 
 
 def _line(label: str, x: list[float], y: list[float], key: str) -> Line:

@@ -302,12 +302,12 @@ def test_the_parts_of_a_reward_are_drawn_over_the_kl_to_the_reference():
     rows = [dict(zip(names, values, strict=True)) for values in zip([1, 2, 3], kl, proxy, proxy, gold, strict=True)]
     main, _ = plots.stage_charts(read.StageLog("ppo", "online", rows, [], True))
     chart = main[-1]
-    assert (chart.title, chart.x, chart.y) == ("ppo: reward parts over KL", "KL to the reference (nats)", "reward")
+    assert (chart.title, chart.x, chart.y) == ("ppo: reward parts over KL", "KL to the reference (nats a token)", "reward")
     assert [(line.label, line.x, line.y) for line in chart.lines] == [
         ("model score", [0.0, 0.2, 0.4], [0.0, 1.0, 3.0]),
         ("verifier", [0.0, 0.2, 0.4], [0.0, 2.0, -1.0]),
     ]
-    assert "KL to the reference (nats)" in plots.svg(chart)
+    assert "KL to the reference (nats a token)" in plots.svg(chart)
 
 
 def test_smooth_is_the_mean_around_each_value():
