@@ -162,6 +162,17 @@ def test_the_switch_is_uniform_and_as_frequent_as_beta_says() -> None:
     assert [switch(n, u) for n, u in ((0, 0.5), (1, 0.5), (2, 0.0), (2, 0.999), (3, 0.999))] == [0, 0, 1, 1, 2]
 
 
+def test_where_an_answer_is_cut_does_not_depend_on_whether_it_is() -> None:
+    cut = [e.info["switch"] for e in sampled(n=64, beta=0.2) if e.info["switch"]]
+    assert 20 < len(cut) < 64
+    assert max(cut) > 6
+
+
+def test_what_comes_before_the_switch_and_after_it_are_different_draws() -> None:
+    alone, both = (written(sampled(guide=POLICY, beta=beta)) for beta in (0.0, 1.0))
+    assert sum(a[0] == b[0] for a, b in zip(alone, both, strict=True)) < 8
+
+
 def test_the_guide_decodes_by_its_own_settings() -> None:
     """With top_k 1 the guide has no choice: its roll-ins of a prompt begin alike, whatever the policy does."""
     begun = [e.turns[0].did[: e.info["switch"]].tolist() for e in sampled(beta=1.0, guide_top_k=1)]
