@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types smoke claims all
+.PHONY: help setup demo test lint types smoke claims bench all
 
 help: ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,5 +37,9 @@ smoke: $(READY) ## check every recipe, then run two steps of each
 
 claims: $(READY) ## rlx reproduce for every recipe with a claim, into docs/results; goes on where it was stopped
 	$(BIN)/python scripts/claims.py
+
+bench: $(READY) ## rlx beside TRL, a line a workload (scripts/bench.py --help); fails where a ratio fell by more than 5 %
+	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py --memory
 
 all: lint types test ## lint, types and test

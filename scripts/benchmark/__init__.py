@@ -1,0 +1,1 @@
+"""The parts of scripts/bench.py: rlx beside TRL, each in processes of its own."""
