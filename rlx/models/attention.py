@@ -34,9 +34,7 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings)
     if odd := [name for name in EXTRAS if settings.get(name) is not None]:
         raise NotImplementedError(f"attention {NAME!r} does not compute {', '.join(odd)}")
     return layout.attend(query[0], key[0], value[0], scaling)[None], None

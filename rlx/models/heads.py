@@ -52,23 +52,24 @@ class Heads(nn.Module):
 
         save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / FILE, metadata=self.where)
 
-    def forward(self, hidden: Tensor, start: int, turn: Tensor, length: Tensor, want: set[str]) -> dict[str, Tensor]:
-        """What each head of `want` says. hidden (N,L,D), of which column start + t is the state after position t.
+    def forward(self, hidden: Tensor, around: Tensor, turn: Tensor, length: Tensor, want: set[str]) -> dict[str, Tensor]:
+        """What each head of `want` says of states `hidden` (...,D).
 
-        `turn` (N,T) is the field, `length` (N,) the number of positions of each sequence after its prompt.
+        `around` (N,T+1) are the places among them (in order) of the state before each position and, last, of that after the
+        last. `turn` (N,T) is the field, `length` (N,) the number of positions of each sequence after its prompt.
         """
-        columns = hidden.shape[1] - start
+        turn = turn[:, : around.shape[1] - 1]
         found = {}
         for name, at in self.where.items():
             if name not in want:
                 continue
-            x = self.linear[name](hidden.float())[..., 0]
+            x = self.linear[name](hidden.float()).flatten()[around]
             if at == "token":
-                found[name] = x[:, start - 1 : start - 1 + columns]
+                found[name] = x[:, :-1]
             elif at == "last":
-                found[name] = x.gather(1, (start + length - 1)[:, None])[:, 0]
+                found[name] = x.gather(1, length[:, None])[:, 0]
             else:
-                found[name] = x.gather(1, start + ends(turn[:, :columns], last=at == "after_turn") - int(at == "before_turn"))
+                found[name] = x.gather(1, ends(turn, last=at == "after_turn") + int(at == "after_turn"))
         return found
 
 
