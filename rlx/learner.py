@@ -294,7 +294,7 @@ def units(policy: Policy, batch: Batch, token_budget: int, *, whole_groups: bool
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
-    for part in policy.parts(batch, token_budget, whole_groups=whole_groups):
+    for part in policy.split(batch, token_budget, whole_groups=whole_groups):
         yield batch.take(part)
 
 

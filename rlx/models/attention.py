@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -34,7 +34,8 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings)
+        settings |= {"dropout": dropout, "scaling": scaling}
+        return cast("tuple[Tensor, None]", sdpa_attention_forward(module, query, key, value, attention_mask, **settings))
     if odd := [name for name in EXTRAS if settings.get(name) is not None]:
         raise NotImplementedError(f"attention {NAME!r} does not compute {', '.join(odd)}")
     return layout.attend(query[0], key[0], value[0], scaling)[None], None

@@ -238,13 +238,15 @@ class LanguageModel:
         """The fields of `want` that the model offers, float32: logp and entropy (N,T) of softmax(logits / temperature), heads.
 
         Sequences are packed, what they share read once, where the model can take that (rlx/models/packed.py); else they are
-        padded (rlx/models/padded.py). What the environment says has no log-probability: 0 where the sequences are packed.
+        padded (rlx/models/padded.py). What the environment says has no log-probability; logp and entropy are 0 there.
         """
-        return (packed if self.packs else padded).forward(self, batch, want, temperature)
+        forward = packed.forward if self.packs else padded.forward
+        return forward(self, batch, want, temperature)
 
-    def parts(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
         """The sequences of a batch in parts of which a forward reads at most `token_budget` tokens, padding counted."""
-        return (packed_parts if self.packs else padded_parts)(batch, token_budget, whole_groups=whole_groups)
+        how = packed_parts if self.packs else padded_parts
+        return how(batch, token_budget, whole_groups=whole_groups)
 
     @property
     def base(self) -> Any:

@@ -33,45 +33,52 @@ class Segment(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of attention: R segments padded to C ids, each of which sees `prefix` and its own segment up to itself.
+class Call(NamedTuple):
+    """One call of attention: `rows` segments padded to `width` ids; each sees `prefix` ids and, causally, itself."""
 
-    `at` (R*C,) are their places in the row; what is filled up repeats a place and is not read.
-    """
-
-    at: Tensor
     rows: int
-    prefix: Segment | None
+    width: int
+    prefix: int
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys (or values) of the prefix before those of each segment: (P+R*C,K,D) -> (R,K,P+C,D)."""
+        first, own = x.split([self.prefix, self.rows * self.width])
+        own = own.view(self.rows, self.width, *x.shape[1:])
+        seen = torch.cat([first.expand(self.rows, *first.shape), own], 1) if self.prefix else own
+        return seen.transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who attends to whom in a row of T ids. `back` (T,) says where each id stands among the results of `calls`."""
+    """Who attends to whom in a row of T ids, as calls of attention.
+
+    `queries` are the places in the row of the ids of all calls, one call after the other, `keys` those of the ids that they
+    see; what is filled up repeats a place and is not read. `back` (T,) says where each id of the row is among the queries.
+    """
 
     calls: list[Call]
+    queries: Tensor
+    keys: Tensor
     back: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads."""
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads.
+
+        Ids are picked for all calls at once, because each pick costs a gradient of the size of the row.
+        """
+        query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))  # of one type in autocast, too
+        sizes = [call.rows * call.width for call in self.calls]
+        queries = query.index_select(0, self.queries).split(sizes)
+        seen = [size + call.prefix for size, call in zip(sizes, self.calls, strict=True)]
+        keys, values = (x.index_select(0, self.keys).split(seen) for x in (key, value))
         found = []
-        for call in self.calls:
-            q, k, v = (x.index_select(0, call.at).unflatten(0, (call.rows, -1)).transpose(1, 2) for x in (query, key, value))
-            bias = None
-            if call.prefix is not None:
-                k, v = (seen(call.prefix, whole, own) for whole, own in ((key, k), (value, v)))
-                bias = causal_lower_right(q.shape[2], k.shape[2])
+        for call, q, k, v in zip(self.calls, queries, keys, values, strict=True):
+            q, k, v = q.view(call.rows, call.width, *q.shape[1:]).transpose(1, 2), call.keys(k), call.keys(v)
+            bias = causal_lower_right(q.shape[2], k.shape[2]) if call.prefix else None
             causal = bias is None
             out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=True)
             found.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(found).index_select(0, self.back)
-
-
-def seen(prefix: Segment, whole: Tensor, own: Tensor) -> Tensor:
-    """The keys (or values) of a prefix before those of each segment: whole (T,K,D), own (R,K,C,D) -> (R,K,P+C,D)."""
-    first = whole[prefix.start : prefix.start + prefix.length].transpose(0, 1)
-    return torch.cat([first.expand(len(own), -1, -1, -1), own], 2)
 
 
 @dataclass(frozen=True)
@@ -119,15 +126,18 @@ def pack(sequences: Sequence[Ids], device: torch.device) -> Row:
 def layout(calls: Sequence[tuple[list[Segment], Segment | None]], total: int, device: torch.device) -> Layout:
     """The layout of a row of `total` ids from the segments of each call and the prefix that they see."""
     back = np.zeros(total, np.int64)
-    made, done = [], 0
+    made, queries, keys, done = [], [], [], 0
     for segments, prefix in calls:
+        before = np.arange(prefix.length) + prefix.start if prefix else np.zeros(0, np.int64)
         width = max(segment.length for segment in segments)
-        at = np.stack([start + np.minimum(np.arange(width), length - 1) for start, length in segments])
         for i, (start, length) in enumerate(segments):
             back[start : start + length] = done + i * width + np.arange(length)
-        made.append(Call(torch.from_numpy(at.ravel()).to(device), len(segments), prefix))
-        done += at.size
-    return Layout(made, torch.from_numpy(back).to(device))
+        own = np.concatenate([start + np.minimum(np.arange(width), length - 1) for start, length in segments])
+        made.append(Call(len(segments), width, len(before)))
+        queries.append(own)
+        keys += [before, own]
+        done += len(own)
+    return Layout(made, *(torch.from_numpy(x).to(device) for x in (np.concatenate(queries), np.concatenate(keys), back)))
 
 
 def alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:

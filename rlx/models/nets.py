@@ -110,7 +110,7 @@ class NetPolicy:
         at = torch.arange(shape[1], device=self.device)[None] < lengths[:, None]
         return {name: x.new_zeros(shape).masked_scatter(at, x) for name, x in fields.items() if name in want}
 
-    def parts(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
         """The sequences of a batch in parts of at most `token_budget` steps, as if they were padded."""
         return padded_parts(batch, token_budget, whole_groups=whole_groups)
 

@@ -92,10 +92,9 @@ def token_fields(
     head = policy.module.get_output_embeddings()
 
     def part(hidden: Tensor, of: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        scaled = head(hidden).float() / temperature
-        logz = scaled.logsumexp(-1)
-        logp = scaled[of, ids] - logz[of]
-        return (logp, (logz - (scaled.softmax(-1) * scaled).sum(-1))[of]) if entropy else (logp,)
+        logits = head(hidden).float()
+        scores = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)  # one pass over memory
+        return (scores[of, ids], -(scores.exp() * scores).sum(-1)[of]) if entropy else (scores[of, ids],)
 
     size = max(1, (largest or LARGEST) // policy.module.config.get_text_config().vocab_size)
     parts = []
@@ -126,7 +125,8 @@ def packable(policy: LanguageModel) -> bool:
     row = pack(ids, policy.device)
     try:
         found = policy.module.get_output_embeddings()(states(policy.backbone, row))
-        alone = [policy.module(input_ids=torch.from_numpy(x)[None].to(policy.device), use_cache=False).logits[0] for x in ids]
+        whole = [torch.from_numpy(x)[None].to(policy.device) for x in ids]
+        alone = [policy.module(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0] for x in whole]
         same = all(
             torch.allclose(found[places], want, rtol=0.0, atol=1e-3 * float(want.abs().max()))
             for places, want in zip(row.places, alone, strict=True)

@@ -19,7 +19,7 @@ LARGEST = 2**28
 
 
 def forward(policy: LanguageModel, batch: Batch, want: set[str], temperature: float) -> dict[str, Tensor]:
-    """The fields of `want` that the policy offers, with any transformers model.
+    """The fields of `want` that the policy offers, with any transformers model; logp and entropy are 0 where nobody acted.
 
     The language-model head runs on the scored columns alone, through the model's own `logits_to_keep`, which applies
     whatever the architecture does to logits. Without heads, the last column is only predicted, never read.
@@ -29,22 +29,27 @@ def forward(policy: LanguageModel, batch: Batch, want: set[str], temperature: fl
     prompt = max(x.prompt for x in inputs)
     ids = torch.full((len(inputs), prompt + width), int(policy.tokenizer.pad_token_id))
     attend = torch.zeros_like(ids)
+    acted = torch.zeros(len(inputs), width, dtype=torch.bool)
     for i, x in enumerate(inputs):
         span = slice(prompt - x.prompt, prompt - x.prompt + x.length)
         ids[i, span] = torch.from_numpy(x.ids)
         attend[i, span] = 1
+        acted[i, : len(x.acted)] = torch.from_numpy(x.acted)
     ids, attend = ids.to(policy.device), attend.to(policy.device)
     heads = policy.heads if policy.heads is not None and want & set(policy.heads.where) else None
     spoken = bool(want & {"logp", "entropy"})
     read = prompt + width - (heads is None)
     settings = {**policy.reading(ids[:, :read], attend[:, :read], [x.images for x in inputs]), "use_cache": False}
     fields: dict[str, Tensor] = {}
+    hidden: Tensor
     if spoken:
         with policy.autocast():
             keep = width + (heads is not None)
             out = policy.module(**settings, logits_to_keep=keep, output_hidden_states=heads is not None)
-        fields = token_fields(out.logits[:, :width], ids[:, prompt:], temperature, entropy="entropy" in want)
-        hidden = out.hidden_states[-1] if heads is not None else None
+        of_all = token_fields(out.logits[:, :width], ids[:, prompt:], temperature, entropy="entropy" in want)
+        fields = {name: torch.where(acted.to(x.device), x, 0.0) for name, x in of_all.items()}
+        if heads is not None:
+            hidden = out.hidden_states[-1]
     elif heads is not None:
         with policy.autocast():
             hidden = policy.backbone(**settings).last_hidden_state
