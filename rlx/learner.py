@@ -118,7 +118,9 @@ class TorchLearner:
         means = {
             name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
         }
-        return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
+        found = [x.max() if name.endswith("/max") else x.mean() for name, x in means.items()]
+        copied = torch.stack([x.to(self.policy.device) for x in found]).tolist() if found else []  # one copy for all
+        return dict(zip(means, copied, strict=True))
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         counts = step_counts(batch, [*update.loss, *update.watch])

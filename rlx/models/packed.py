@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rlx.models.attention import adopt, shareable
 from rlx.models.layout import Row, pack
-from rlx.models.padded import widened
 from rlx.types import Batch, Ids, Tokens
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ def forward(policy: LanguageModel, batch: Batch, want: set[str], temperature: fl
         fields = spoken(policy, batch, row, hidden, temperature, entropy="entropy" in want)
     if heads is not None:
         length = torch.tensor([x.length - x.prompt for x in inputs], device=policy.device)
-        fields |= heads(hidden, around(batch, row).to(policy.device), batch["turn"], length, want)
-    return {name: widened(x, name, batch, policy.heads) for name, x in fields.items() if name in want}
+        fields |= heads(hidden, around(batch, row).to(policy.device), batch, length, want)
+    return {name: x for name, x in fields.items() if name in want}
 
 
 def states(backbone: Any, row: Row) -> Tensor:

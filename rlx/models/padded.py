@@ -55,7 +55,7 @@ def forward(policy: LanguageModel, batch: Batch, want: set[str], temperature: fl
             hidden = policy.backbone(**settings).last_hidden_state
     if heads is not None:
         length = torch.tensor([x.length - x.prompt for x in inputs], device=policy.device)
-        fields |= heads(hidden, columns(hidden, prompt), batch["turn"], length, want)
+        fields |= heads(hidden, columns(hidden, prompt), batch, length, want)
     return {name: widened(x, name, batch, policy.heads) for name, x in fields.items() if name in want}
 
 

@@ -111,7 +111,7 @@ class Seq2Seq(LanguageModel):
             fields = token_fields(out.logits[:, :-1], written, temperature, entropy="entropy" in want)
         if self.heads is not None:
             hidden = out.decoder_hidden_states[-1]
-            fields |= self.heads(hidden, columns(hidden, 1), batch["turn"], present.sum(1), want)
+            fields |= self.heads(hidden, columns(hidden, 1), batch, present.sum(1), want)
         return {name: widened(x, name, batch, self.heads) for name, x in fields.items() if name in want}
 
 
