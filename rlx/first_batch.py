@@ -220,7 +220,7 @@ def losses(stage: Fit | Online, models: Models, episodes: list[Episode], where: 
         credit(batch, derive, advantage)
         counts = step_counts(batch, u.loss)
         values = {term.name: 0.0 for term in u.loss}
-        for unit in units(batch, BUDGET, whole_groups=True):
+        for unit in units(model, batch, BUDGET, whole_groups=True):
             fields = {**unit, **model.forward(unit, (reads(u.loss) | {"logp"}) & model.offers, temperature)}
             for term in u.loss:
                 values[term.name] += float(reduced(term, fields, u.reduce, counts[mask_of(term)]))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlx.models.parts import blocks
 from rlx.optim import factor
 from rlx.reduce import token_mean
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
@@ -117,7 +118,9 @@ class TorchLearner:
         means = {
             name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
         }
-        return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
+        found = [x.max() if name.endswith("/max") else x.mean() for name, x in means.items()]
+        copied = torch.stack([x.to(self.policy.device) for x in found]).tolist() if found else []  # one copy for all
+        return dict(zip(means, copied, strict=True))
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         counts = step_counts(batch, [*update.loss, *update.watch])
@@ -131,8 +134,9 @@ class TorchLearner:
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
         seen: list[dict[str, Tensor]] = []
+        budget, whole = update.token_budget, update.whole_groups
         parts = halves(batch) if update.grad_variance else [batch]
-        cut = [(i, u) for i, p in enumerate(parts) for u in units(p, update.token_budget, whole_groups=update.whole_groups)]
+        cut = [(i, unit) for i, part in enumerate(parts) for unit in units(self.policy, part, budget, whole_groups=whole)]
         slopes = self._slopes(batch, update, counts, metrics, wants) if update.whole_batch and len(cut) > 1 else None
         for i, unit in cut:
             if i == 1 and not half:
@@ -287,33 +291,12 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def blocks(batch: Batch, *, whole_groups: bool) -> list[list[int]]:
-    """The sequences that stay together, as indices: those of a group, or each by itself."""
-    if not whole_groups:
-        return [[i] for i in range(len(batch.inputs))]
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(batch["group"].tolist()):
-        members.setdefault(group, []).append(i)
-    return list(members.values())
-
-
-def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Iterator[Batch]:
-    """Parts of at most `token_budget` padded tokens, of similar length, so that little is padding.
+def units(policy: Policy, batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Iterator[Batch]:
+    """Parts of which one forward reads at most `token_budget` tokens, padding counted.
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
-    lengths = [x.length for x in batch.inputs]
-    prompts = [x.prompt for x in batch.inputs]
-    part: list[int] = []
-    prompt = answer = 0
-    for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
-        wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
-        if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
-            yield batch.take(part)
-            part, prompt, answer = [], 0, 0
-        part += block
-        prompt, answer = max(prompt, wide), max(answer, long)
-    if part:
+    for part in policy.split(batch, token_budget, whole_groups=whole_groups):
         yield batch.take(part)
 
 
@@ -327,7 +310,7 @@ def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, t
     """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
-    for unit in units(numbered, token_budget):
+    for unit in units(policy, numbered, token_budget):
         for name, x in policy.forward(unit, wants, temperature).items():
             out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
     return out

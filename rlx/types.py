@@ -215,10 +215,15 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The input of a language model: all ids of a sequence, and the images among them."""
+    """The input of a language model: all ids of a sequence, and the images among them.
+
+    `acted` has an entry for each id after the prompt: whether somebody chose it, so that it has a log-probability, or the
+    environment said it.
+    """
 
     ids: Ids
     prompt: int
+    acted: NDArray[np.bool_]
     images: tuple[Image, ...] = ()
 
     @property
@@ -381,6 +386,8 @@ class Policy(Protocol):
     def collate(self, episodes: list[Episode]) -> Batch: ...
 
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
+
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]: ...
 
     def save(self, folder: Path) -> None: ...
 

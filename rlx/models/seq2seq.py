@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlx.models.collate import batch_of
-from rlx.models.language import NO_LOGP, LanguageModel, token_fields, widened
+from rlx.models.language import NO_LOGP, LanguageModel
+from rlx.models.padded import columns, token_fields, widened
 from rlx.models.reader import Reader
 from rlx.types import Batch, ConfigError, DataError, Episode, Ids, Message, Status, Turn, View
 
@@ -109,13 +110,9 @@ class Seq2Seq(LanguageModel):
         if want & {"logp", "entropy"}:
             fields = token_fields(out.logits[:, :-1], written, temperature, entropy="entropy" in want)
         if self.heads is not None:
-            fields |= self.heads(out.decoder_hidden_states[-1], 1, batch["turn"], present.sum(1), want)
+            hidden = out.decoder_hidden_states[-1]
+            fields |= self.heads(hidden, columns(hidden, 1), batch, present.sum(1), want)
         return {name: widened(x, name, batch, self.heads) for name, x in fields.items() if name in want}
-
-    @property
-    def base(self) -> Any:
-        """The model without an adapter's wrapper."""
-        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
 
 class Seq2SeqReader:

@@ -12,7 +12,7 @@ from typing import Any
 from rlx.data.rows import write
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, freeze, random_heads, target_of
+from rlx.stages.models import ModelSpec, freeze, padded, random_heads, target_of
 from rlx.stages.rows import first
 from rlx.track import Log
 from rlx.types import (
@@ -149,9 +149,9 @@ class Context(Sources):
     since_best: int = 0
 
     def models(self, specs: Mapping[str, ModelSpec], trained: Collection[str] = ()) -> dict[str, Any]:
-        """The models of a stage by name; a random head of one that is not in `trained` is noted."""
+        """The models of a stage by name; random heads that are not `trained`, and padding, are noted."""
         made = super().models(specs)
-        for line in random_heads(made, specs, trained):
+        for line in [*random_heads(made, specs, trained), *padded(made, trained)]:
             self.log.note(f"stages.{self.name}.{line}")
         return made
 

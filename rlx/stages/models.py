@@ -125,6 +125,16 @@ def random_heads(models: Mapping[str, Any], specs: Mapping[str, ModelSpec], trai
     ]
 
 
+def padded(models: Mapping[str, Any], trained: Collection[str]) -> list[str]:
+    """One line for each language model in training whose sequences cannot be packed."""
+    return [
+        f"models.{name}: its forward pads sequences and reads a prompt once for each answer, because the architecture "
+        "cannot be packed; updates take longer"
+        for name, model in models.items()
+        if name in trained and not getattr(model, "packs", True)
+    ]
+
+
 @torch.no_grad()
 def follow(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], trained: str) -> None:
     """Move the ema targets of a model that has just been updated."""

@@ -11,8 +11,9 @@ from architectures import CONFIGS, episode, model, random_episodes
 from torch import Tensor
 
 from rlx.learner import computed, units
-from rlx.models.language import LanguageModel, token_fields
+from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
+from rlx.models.padded import token_fields
 from rlx.types import Batch
 
 
@@ -150,7 +151,7 @@ def test_split_and_order_change_nothing(small: LanguageModel, budget: int) -> No
 def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> None:
     batch = small.collate(random_episodes(20))
     batch["index"] = torch.arange(20)
-    parts = list(units(batch, 60))
+    parts = list(units(small, batch, 60))
     assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
     assert len(parts) > 3
     for part in parts:
@@ -162,7 +163,7 @@ def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> 
 def test_units_of_whole_groups(small: LanguageModel, budget: int) -> None:
     batch = small.collate(random_episodes(20)).take([*range(0, 20, 2), *range(1, 20, 2)])
     batch["index"] = torch.arange(20)
-    parts = list(units(batch, budget, whole_groups=True))
+    parts = list(units(small, batch, budget, whole_groups=True))
     assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
     assert sorted(g for part in parts for g in set(part["group"].tolist())) == list(range(10))  # each in one part
     assert 3 < len(parts) < 10  # some hold several groups
