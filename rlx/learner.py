@@ -138,18 +138,20 @@ class TorchLearner:
         parts = halves(batch) if update.grad_variance else [batch]
         cut = [(i, unit) for i, part in enumerate(parts) for unit in units(self.policy, part, budget, whole_groups=whole)]
         slopes = self._slopes(batch, update, counts, metrics, wants) if update.whole_batch and len(cut) > 1 else None
-        for i, unit in cut:
-            if i == 1 and not half:
-                half = [gradient(p).clone() for p in self.parameters]
-            out = self.policy.forward(unit, wants, update.temperature)
-            if slopes is None:
-                loss = total(update, {**self.state, **unit, **out}, counts, metrics)
-            else:
-                loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            seen.append({**unit, **{name: x.detach() for name, x in out.items()}})
-            with torch.no_grad():
-                diagnose(update, {**self.state, **unit, **out}, counts, metrics, check_gap=check_gap)
+        with self.policy.autocast():  # around all units, so that weights are cast once for each version of them
+            for i, unit in cut:
+                if i == 1 and not half:
+                    half = [gradient(p).clone() for p in self.parameters]
+                out = self.policy.forward(unit, wants, update.temperature)
+                with torch.autocast(self.policy.device.type, enabled=False):
+                    if slopes is None:
+                        loss = total(update, {**self.state, **unit, **out}, counts, metrics)
+                    else:
+                        loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    seen.append({**unit, **{name: x.detach() for name, x in out.items()}})
+                    with torch.no_grad():
+                        diagnose(update, {**self.state, **unit, **out}, counts, metrics, check_gap=check_gap)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
             metrics["grad_variance"] = torch.stack(list(differences)).sum()
@@ -310,7 +312,8 @@ def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, t
     """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
-    for unit in units(policy, numbered, token_budget):
-        for name, x in policy.forward(unit, wants, temperature).items():
-            out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
+    with policy.autocast():
+        for unit in units(policy, numbered, token_budget):
+            for name, x in policy.forward(unit, wants, temperature).items():
+                out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
     return out

@@ -8,6 +8,7 @@ small protocol over these, and nothing here knows any method.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -386,6 +387,8 @@ class Policy(Protocol):
     def collate(self, episodes: list[Episode]) -> Batch: ...
 
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
 
     def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]: ...
 

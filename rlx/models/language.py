@@ -263,7 +263,7 @@ class LanguageModel:
         return {"input_ids": ids, "attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the forward computes in bfloat16, if it does."""
+        """Where the forward computes in bfloat16, if it does. Weights in training are cast once for all forwards in it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     # ----------------------------------------------------------------- to disk

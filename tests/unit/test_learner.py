@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from architectures import episode, ids, random_episodes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx import reduce
 from rlx.learner import NonFinite, TorchLearner, Update
@@ -92,6 +94,33 @@ def test_gradient_is_that_of_the_loss_by_hand(name: str, budget: int) -> None:
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
     torch.testing.assert_close(found, gradient, atol=2e-6 + 1e-6 * float(gradient.abs().max()), rtol=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often weights are copied to another type."""
+
+    def __init__(self, weights: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.own, self.number = {id(w) for w in weights}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and id(args[0]) in self.own
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16_weights_are_cast_once_for_all_units() -> None:
+    made = tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64, dtype="bf16")
+    batch = batch_of(made)
+    numbers, moves = [], []
+    for budget in (1, 10_000):
+        learner = TorchLearner(copy.deepcopy(made), sgd(), lr=1.0, total=1)
+        with Casts(learner.parameters) as casts:
+            learner.step(batch, Update([PG], REDUCTIONS["token_mean"], token_budget=budget), (0,))
+        numbers.append(casts.number)
+        moves.append(weights(made) - weights(learner.policy))
+    assert numbers[0] == numbers[1] > 0
+    torch.testing.assert_close(*moves, atol=0.02 * float(moves[1].abs().max()), rtol=0)
+    assert float(moves[1].abs().max()) > 0.0
 
 
 def test_terms_have_their_own_weights_and_reductions() -> None:
