@@ -32,7 +32,7 @@ class SharedCache:
         self.prompts, self.begun = prompts, begun
         self.own, self.which, self.held = own, which, held
         self.seats = np.arange(len(which))  # the rows as they stand, by their number in the order in which they came
-        self.rows = self.came = len(which)
+        self.rows = len(which)
         self.place()
 
     @classmethod
@@ -119,7 +119,7 @@ class SharedCache:
         self.own = [(k[index], v[index]) for k, v in self.own]
         self.which, self.held = self.which[rows], self.held[rows]
         self.seats = np.arange(len(rows))
-        self.rows = self.came = len(rows)
+        self.rows = len(rows)
         self.place()
 
     def picked(self, rows: Ids) -> SharedCache:
@@ -145,8 +145,8 @@ class SharedCache:
         self.begun = np.concatenate([self.begun[:live], other.begun])
         self.which = np.concatenate([self.which[:old], other.which[:new] + live])
         self.held = np.concatenate([self.held[:old], other.held[:new]])
-        self.seats = np.concatenate([self.seats[:old], other.seats[:new] + self.came])
-        self.rows, self.came = old + new, self.came + other.came
+        self.seats = np.concatenate([self.seats[:old], other.seats[:new] + self.seats.max() + 1])
+        self.rows = old + new
         self.place()
 
 

@@ -22,7 +22,7 @@ def attend(
     """
     rows, heads, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    query = query.reshape(rows, key.shape[1], -1, width)
+    query = query.reshape(rows, key.shape[1], -1, width).to(key.dtype)
     if length > 1:
         mask = mask.repeat(1, 1, query.shape[2] // length, 1)
     with torch.autocast(query.device.type, enabled=False):

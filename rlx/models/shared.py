@@ -118,7 +118,8 @@ def prefilled(policy: LanguageModel, prompts: Sequence[Ids]) -> list[Layer]:
         ids, _ = filled([prompts[i] for i in unit], at_least=1)
         with policy.autocast():  # on the right of a causal model, what fills up a row is seen by nothing before it
             policy.backbone(input_ids=ids.to(policy.device), past_key_values=cache, use_cache=True)
-        done.append([(resized(x.keys, len(unit), widest), resized(x.values, len(unit), widest)) for x in cache.layers])
+        pairs = [(x.keys.to(x.values.dtype), x.values) for x in cache.layers]  # autocast leaves rotated keys in float32
+        done.append([(resized(k, len(unit), widest), resized(v, len(unit), widest)) for k, v in pairs])
         order += unit
     if len(done) == 1 and order == sorted(order):
         return done[0]
