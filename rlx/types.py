@@ -319,12 +319,17 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time."""
+    """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time.
+
+    A turn ends with the id that completes one of the `stop` strings in its text, as it does with an end token.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
     rows: int = 1024
 
 

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from rlx.models.cascade import attend
+
 if TYPE_CHECKING:
+    from rlx.models.cache import SharedCache
     from rlx.models.layout import Layout
 
 NAME = "rlx"
@@ -24,21 +27,25 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
+    shared: SharedCache | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer: query (N,H,L,D), key and value (N,K,L,D) -> (N,L,H,D).
 
-    With `layout` it is that of packed sequences (N = 1, no mask); without, transformers' own `sdpa`. Raises
-    NotImplementedError for what an architecture asks for that this does not compute.
+    With `layout` it is that of packed sequences (N = 1, no mask), with `shared` that of rows which are decoded; without either,
+    transformers' own `sdpa`. Raises NotImplementedError for what an architecture asks for that this does not compute.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if layout is None:
-        settings |= {"dropout": dropout, "scaling": scaling}
-        return cast("tuple[Tensor, None]", sdpa_attention_forward(module, query, key, value, attention_mask, **settings))
-    if odd := [name for name in EXTRAS if settings.get(name) is not None]:
+    odd = [name for name in EXTRAS if settings.get(name) is not None]
+    if odd and (layout is not None or shared is not None):
         raise NotImplementedError(f"attention {NAME!r} does not compute {', '.join(odd)}")
-    return layout.attend(query[0], key[0], value[0], scaling)[None], None
+    if layout is not None:
+        return layout.attend(query[0], key[0], value[0], scaling)[None], None
+    if shared is not None and attention_mask is not None:
+        return attend(query, key, value, attention_mask, scaling, shared, module.layer_idx), None
+    settings |= {"dropout": dropout, "scaling": scaling}
+    return cast("tuple[Tensor, None]", sdpa_attention_forward(module, query, key, value, attention_mask, **settings))
 
 
 def shareable(module: Any) -> bool:

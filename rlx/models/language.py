@@ -19,7 +19,8 @@ from rlx.models import packed, padded
 from rlx.models.collate import acted, batch_of
 from rlx.models.heads import Heads, saved_heads
 from rlx.models.parts import packed_parts, padded_parts
-from rlx.models.reader import CausalReader, Reader
+from rlx.models.reader import DynamicReader, Memory, Reader
+from rlx.models.shared import SharedReader
 from rlx.types import Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
@@ -33,7 +34,8 @@ Engine = Callable[["LanguageModel", list[View], list[list[int]], Sampling], list
 class LanguageModel:
     """A transformers causal model and its tokenizer, with `heads` where it is a critic or a reward model.
 
-    `packs`: its sequences are packed into one row in the forward (see rlx/models/packed.py).
+    `packs`: it takes rlx's attention, so that sequences are packed into one row in the forward (see rlx/models/packed.py) and
+    rows that are decoded share their prompts (rlx/models/shared.py).
     """
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
@@ -43,6 +45,7 @@ class LanguageModel:
         self.bf16 = bf16
         self.source = source
         self.engine: Engine | None = None
+        self.memory: Memory | None = None
         self.heads: Heads | None = None
         self.packs = False
         self.end_token = self._end_token()
@@ -212,9 +215,9 @@ class LanguageModel:
             raise RuntimeError("this policy was given no rollout engine")
         return self.engine(self, views, keys, sampling)
 
-    def reader(self, views: list[View], longest: int) -> Reader:
-        """The views, ready to be followed by turns of at most `longest` ids."""
-        return CausalReader(self, views, longest)
+    def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
+        """The views, `counts[i]` rows for view i, ready to be followed by turns of at most `longest` ids."""
+        return (SharedReader if self.packs else DynamicReader)(self, views, counts, longest)
 
     def pieces(self, ids: Ids) -> list[str]:
         """The text of each id by itself, special tokens included."""

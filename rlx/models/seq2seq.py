@@ -79,9 +79,9 @@ class Seq2Seq(LanguageModel):
             turns.append(Turn(self.render(episode.task.prompt), did, NO_LOGP, said=turn.said, agent=turn.agent))
         return Episode(episode.task, episode.group, turns, episode.status, label=episode.label, info=episode.info)
 
-    def reader(self, views: list[View], longest: int) -> Reader:
-        """The views, ready to be answered."""
-        return Seq2SeqReader(self, views)
+    def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
+        """The views, `counts[i]` rows for view i, ready to be answered."""
+        return Seq2SeqReader(self, views, counts)
 
     # ----------------------------------------------------------------- episodes -> tensors
     def collate(self, episodes: list[Episode]) -> Batch:
@@ -119,8 +119,9 @@ class Seq2SeqReader:
     """Each distinct prompt is encoded once. The decoder reads prefixes id by id, so that all rows are at the same position."""
 
     logits: Tensor
+    joins = False
 
-    def __init__(self, policy: Seq2Seq, views: list[View]) -> None:
+    def __init__(self, policy: Seq2Seq, views: Sequence[View], counts: Sequence[int]) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
 
         self.policy = policy
@@ -135,9 +136,21 @@ class Seq2SeqReader:
         config = policy.module.config
         self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         self.read(torch.full((len(views),), policy.start, device=policy.device))
+        seats = np.repeat(np.arange(len(views)), counts)
+        self._select(seats)
+        self.seats = np.arange(len(seats))
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may be named several times."""
+    def keep(self, rows: Ids) -> None:
+        """Go on with these rows, in this order."""
+        self.seats = self.seats[rows]
+        self._select(rows)
+
+    def join(self, views: Sequence[View], counts: Sequence[int]) -> None:
+        """It does not: all rows are at the same position."""
+        raise NotImplementedError
+
+    def _select(self, chosen: Ids) -> None:
+        rows = torch.from_numpy(chosen).to(self.policy.device)
         self.cache.batch_select_indices(rows)
         self.logits, self.encoded, self.attend = self.logits[rows], self.encoded[rows], self.attend[rows]
 
