@@ -1,0 +1,204 @@
+"""The process that starts the ranks of a run and waits for them: it writes the resolved config, and tells how they ended.
+
+`FOLDER` beside the run directory is where they meet, on every machine: job.json for the ranks, and from each of them
+rank-N.phase (what it is doing), rank-N.log (what it says on stderr), rank-N.stacks and rank-N.error. `stop` asks them to end.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlx.launch import Launch, chosen_gpus, visible_gpus
+from rlx.types import ConfigError, Failed
+
+# What an error says of how it all began: a rank's own, a rank that is gone without a word (killed, maybe because another
+# had failed), and one that only knows that another is gone.
+OWN, GONE, LOST = 0, 1, 2
+PATIENCE = 5.0  # seconds that the other ranks have to end by themselves
+
+
+class OutOfMemory(Failed):
+    """A rank had too little memory for the units of the token budget."""
+
+
+def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> None:
+    """Run a job (see `rlx/worker.py`) in the processes that `launch` says; out of memory, once more with half the budget.
+
+    Raises ConfigError or Failed with what the first rank in trouble said, KeyboardInterrupt where the user ended it.
+    """
+    gpus = chosen_gpus(launch) if launch.hostfile is None else []
+    try:
+        attempt(launch, gpus, {**job, "share": 1.0}, run_dir)
+    except OutOfMemory as error:
+        print(f"! {error}\n! starts again with half of each stage's token_budget", flush=True)
+        (run_dir / "error.txt").unlink(missing_ok=True)
+        attempt(launch, gpus, {**job, "share": 0.5}, run_dir)
+
+
+def attempt(launch: Launch, gpus: list[str], job: Mapping[str, Any], run_dir: Path) -> None:
+    """Start the ranks and wait until they have ended."""
+    folder = run_dir.with_name(f"{run_dir.name}.ranks-{os.getpid()}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: its parent cannot be written ({error.strerror}); choose another with run_dir=DIR"
+        ) from error
+    whole = {**job, "run_dir": str(run_dir), "parent": os.getpid(), "host": socket.gethostname()}
+    (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
+    try:
+        child = subprocess.Popen(
+            command(launch, gpus, folder), env=environment(len(gpus)), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        with forwarding(child, folder):
+            status = wait(child, folder)
+        if status and (folder / "stop").exists():
+            raise KeyboardInterrupt
+        if status:
+            raise trouble(folder, status, run_dir)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(launch: Launch, gpus: list[str], folder: Path) -> list[str]:
+    """What starts the ranks: DeepSpeed's launcher of one machine, or with a hostfile its runner, which goes to the others."""
+    if launch.hostfile is None:
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": gpus}).encode()).decode()
+        start = ["deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
+    else:
+        start = ["deepspeed.launcher.runner", f"--hostfile={Path(launch.hostfile).expanduser()}", "--force_multi"]
+        start += [f"--num_gpus={launch.gpus}"] if launch.gpus is not None else []
+    settings = [f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlx.worker"]
+    return [sys.executable, "-m", *start, *settings, str(folder.resolve())]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The ranks' environment. On a CPU they share its cores."""
+    own = dict(os.environ)
+    own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, ranks))))
+    if not visible_gpus():
+        own["DS_ACCELERATOR"] = "cpu"
+    return own
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that several runs fit on one machine."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def forwarding(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the ranks to end after their step; the second time, they are killed."""
+
+    def stop(_number: int, _frame: object) -> None:
+        if (folder / "stop").exists():
+            kill(child)
+        else:
+            (folder / "stop").touch()
+            print("ends after this step; once more to end at once", file=sys.stderr)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        kill(child)
+
+
+def wait(child: subprocess.Popen[bytes], folder: Path) -> int:
+    """The launcher's exit status. Where a rank reports trouble, the others get some seconds to end."""
+    deadline = float("inf")
+    while child.poll() is None and time.monotonic() < deadline:
+        if deadline == float("inf") and any(folder.glob("rank-*.error")):
+            note_the_dead(folder)
+            deadline = time.monotonic() + PATIENCE
+        time.sleep(0.1)
+    if child.poll() is None:
+        kill(child)
+        return 1
+    return child.returncode
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the launcher and all ranks of this machine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def note_the_dead(folder: Path) -> None:
+    """Write an error for each rank of this machine that has died without a word: its neighbours only know that it is gone."""
+    for path in folder.glob("rank-*.pid"):
+        pid, _, host = path.read_text(encoding="utf-8").partition(" ")
+        state, error = Path("/proc", pid, "stat"), path.with_suffix(".error")
+        alive = state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
+        if host == socket.gethostname() and not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
+            number = path.stem.removeprefix("rank-")
+            text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
+            record = {"kind": GONE, "time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
+            error.write_text(json.dumps(record), encoding="utf-8")
+
+
+def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
+    """What went wrong first, as the error to raise; it is in run.json as well."""
+    note_the_dead(folder)
+    errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
+    errors += [stall(folder, path) for path in folder.glob("rank-*.stacks") if stacks(path)]
+    last: dict[str, Any] = {
+        "status": 1,
+        "message": f"the ranks ended with status {status}" + tail(folder, "0"),
+        "traceback": "",
+    }
+    error = min(errors, key=lambda e: (int(e["kind"]), float(e["time"])), default=last)
+    path = run_dir / "run.json"
+    if path.is_file():
+        info = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
+            (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
+    if error["status"] == 2:
+        return ConfigError(error["message"])
+    return (OutOfMemory if error.get("memory") else Failed)(error["message"], error["status"])
+
+
+def stall(folder: Path, path: Path) -> dict[str, Any]:
+    """The error of a rank that made no progress: what each rank was doing, and where this one was."""
+    number = path.stem.removeprefix("rank-")
+    names = sorted(p.stem.removeprefix("rank-") for p in folder.glob("rank-*.phase"))
+    phases = "".join(f"\nrank {name}: {phase_of(folder, name)}" for name in names)
+    said = f"rank {number} made no progress in {phase_of(folder, number)} for launch.timeout seconds{phases}"
+    return {"kind": OWN, "time": path.stat().st_mtime, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}
+
+
+def stacks(path: Path) -> str:
+    """What faulthandler wrote when a rank's time was over, without the thread that looks after the parent; empty before."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return "\n\n".join(part for part in text.strip().split("\n\n") if " in end_with" not in part)
+
+
+def phase_of(folder: Path, number: str) -> str:
+    """What a rank was doing."""
+    path = folder / f"rank-{number}.phase"
+    return path.read_text(encoding="utf-8") if path.is_file() else "its start"
+
+
+def tail(folder: Path, number: str, lines: int = 20) -> str:
+    """The last that a rank said on stderr."""
+    path = folder / f"rank-{number}.log"
+    said = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:] if path.is_file() else []
+    return "\n" + "\n".join(said) if said else ""
