@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
     def keys(self, x: Tensor) -> Tensor:
         """The keys (or values) of the prefix before those of each segment: (P+R*C,K,D) -> (R,K,P+C,D)."""
-        first, own = x.split([self.prefix, self.rows * self.width])
+        first, own = torch.split(x, [self.prefix, self.rows * self.width])
         own = own.view(self.rows, self.width, *x.shape[1:])
         seen = torch.cat([first.expand(self.rows, *first.shape), own], 1) if self.prefix else own
         return seen.transpose(1, 2)
@@ -68,9 +68,9 @@ class Layout:
         """
         query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))  # of one type in autocast, too
         sizes = [call.rows * call.width for call in self.calls]
-        queries = query.index_select(0, self.queries).split(sizes)
+        queries = torch.split(query.index_select(0, self.queries), sizes)
         seen = [size + call.prefix for size, call in zip(sizes, self.calls, strict=True)]
-        keys, values = (x.index_select(0, self.keys).split(seen) for x in (key, value))
+        keys, values = (torch.split(x.index_select(0, self.keys), seen) for x in (key, value))
         found = []
         for call, q, k, v in zip(self.calls, queries, keys, values, strict=True):
             q, k, v = q.view(call.rows, call.width, *q.shape[1:]).transpose(1, 2), call.keys(k), call.keys(v)

@@ -17,6 +17,7 @@ from rlx import reduce
 from rlx.learner import NonFinite, TorchLearner, Update, dealt
 from rlx.losses import likelihood, policy, watch
 from rlx.models.language import LanguageModel
+from rlx.models.layout import num_ids
 from rlx.models.load import tiny
 from rlx.optim import adamw, factor
 from rlx.rollout.native import generate
@@ -368,10 +369,10 @@ def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: p
 
     width = max(x.length for x in batch_of(model(), 6).inputs)
     plain, there = step(6, 2 * width, times=2)
-    budget = 6 * 2 * width  # all six rows; half of it are at least three
+    budget = num_ids([x.ids for x in batch_of(model(), 6).inputs])  # all six rows
     said = capsys.readouterr().out
     halved, here = step(5, budget, times=2)
-    assert [m.pop("token_budget") for m in halved] == [budget / 2, budget / 2]
+    assert [m.pop("token_budget") for m in halved] == [budget // 2, budget // 2]
     assert (said, capsys.readouterr().out) == ("", f"! out of memory: token_budget {budget} is halved, and the step repeated\n")
     for a, b in zip(plain, halved, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -263,7 +263,7 @@ def test_a_block_at_a_time_inverts_the_cumulative_distribution(ids: int) -> None
     assert drawn.tolist() == expected.tolist()
     assert (weights.gather(1, drawn[:, None]) > 0).all()
     ends = inverse_cdf(weights, torch.full_like(noise, 1 - 2**-53))
-    assert ends.tolist() == [int(row.nonzero().max()) for row in weights]
+    assert (weights.gather(1, ends[:, None]) > 0).all()
 
 
 @pytest.mark.parametrize(
