@@ -259,7 +259,7 @@ def test_a_batch_gives_what_each_sequence_gives_alone_and_the_same_gradients() -
 def test_samples_of_a_prompt_share_one_look_at_its_image() -> None:
     policy = llava()
     looks: list[int] = []
-    hook = policy.base.vision_tower.register_forward_hook(lambda module, args, out: looks.append(len(out[0])))
+    hook = policy.module.model.vision_tower.register_forward_hook(lambda module, args, out: looks.append(len(out[0])))
     episodes = played(policy, conversations()[:1], Sampling(4))
     policy.forward(policy.collate(episodes), {"logp"})
     hook.remove()
