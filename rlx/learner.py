@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlx import world
 from rlx.optim import factor
 from rlx.reduce import token_mean
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
@@ -83,15 +84,36 @@ class NonFinite(RuntimeError):
     """A loss or gradient that is not a number: the run stops with the last good weights kept."""
 
 
-class TorchLearner:
-    """One process. `optim` binds an optimiser of the catalogue; `total` is the number of optimiser steps of the schedule."""
+class Learner(Protocol):
+    """What trains one model. `steps` optimiser steps and `tokens` trained tokens have been taken so far."""
 
-    def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> None:
+    steps: int
+    tokens: int
+
+    def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]: ...
+
+
+class MakeLearner(Protocol):
+    """(policy, optimiser of the catalogue, peak learning rate, optimiser steps of the schedule) -> what trains the policy."""
+
+    def __call__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> Learner: ...
+
+
+class TorchLearner:
+    """One process. `optim` binds an optimiser of the catalogue; `total` is the number of optimiser steps of the schedule.
+
+    `trained` is what computes the gradient, where that is another copy of the weights than `policy`.
+    """
+
+    def __init__(
+        self, policy: Policy, optim: Component[Any], *, lr: float, total: int, trained: Policy | None = None
+    ) -> None:
         self.policy = policy
         self.lr = lr
         self.total = total
         self.settings = {"clip": 1.0, "schedule": "constant", "warmup": 0, **optim.settings}
-        self.parameters = policy.parameters()
+        self.trained = trained or policy
+        self.parameters = self.trained.parameters()
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
         self.tokens = 0
@@ -130,42 +152,62 @@ class TorchLearner:
         wants = (update.reads | ({"logp"} if check_gap else set())) & self.policy.offers
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
-        seen: list[dict[str, Tensor]] = []
+        seen: dict[str, Tensor] = {}
         parts = halves(batch) if update.grad_variance else [batch]
-        cut = [(i, u) for i, p in enumerate(parts) for u in units(p, update.token_budget, whole_groups=update.whole_groups)]
-        slopes = self._slopes(batch, update, counts, metrics, wants) if update.whole_batch and len(cut) > 1 else None
-        for i, unit in cut:
+        cut = [(i, *own) for i, p in enumerate(parts) for own in own_units(p, update.token_budget, update.whole_groups)]
+        coupled = update.whole_batch and (len(cut) > 1 or world.size() > 1)
+        slopes = self._slopes(batch, update, counts, metrics, wants) if coupled else None
+        for n, (i, unit, share) in enumerate(cut):
             if i == 1 and not half:
                 half = [gradient(p).clone() for p in self.parameters]
-            out = self.policy.forward(unit, wants, update.temperature)
+            found: dict[str, Tensor] = {}
+            out = self._forward(unit, wants, update.temperature, last=n == len(cut) - 1)
             if slopes is None:
-                loss = total(update, {**self.state, **unit, **out}, counts, metrics)
+                loss = total(update, {**self.state, **unit, **out}, counts, found)
             else:
                 loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            seen.append({**unit, **{name: x.detach() for name, x in out.items()}})
+            self._backward(share * loss)
             with torch.no_grad():
-                diagnose(update, {**self.state, **unit, **out}, counts, metrics, check_gap=check_gap)
+                diagnose(update, {**self.state, **unit, **out}, counts, found, check_gap=check_gap)
+                for name, x in found.items():
+                    add(metrics, name, share * x)
+                for name in {name for *_, change in states(update) for name in arguments(change)} & out.keys():
+                    whole = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
+                    whole[unit["index"]] += share * out[name]
+        metrics = over_ranks(metrics)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
             metrics["grad_variance"] = torch.stack(list(differences)).sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+        scale = factor(self.steps, total=self.total, schedule=self.settings["schedule"], warmup=self.settings["warmup"])
+        norm = self._descend(self.lr * scale, allowed=bool(torch.isfinite(metrics["loss"])))
         if not torch.isfinite(norm) or not torch.isfinite(metrics["loss"]):
-            self.optimizer.zero_grad(set_to_none=True)
             terms = ", ".join(f"{name} {float(x):.4g}" for name, x in metrics.items() if name.startswith("loss"))
             raise NonFinite(
                 f"the loss or its gradient is not finite ({terms}, gradient norm {float(norm):.4g}) on the groups "
                 f"{sorted(set(batch['group'].tolist()))[:8]}; the weights are those before this step"
             )
-        scale = factor(self.steps, total=self.total, schedule=self.settings["schedule"], warmup=self.settings["warmup"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._next_state(update, seen)
+        self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
+
+    def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
+        """The fields of a unit, with gradient; `last`: no unit of this optimiser step comes after it."""
+        return self.trained.forward(unit, wants, temperature)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add this unit's part to the gradient."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _descend(self, lr: float, *, allowed: bool) -> Tensor:
+        """Clip the gradient and take the step, if it is finite and `allowed`; the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+        if allowed and torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _slopes(
         self, batch: Batch, update: Update, counts: Mapping[str, Counts], metrics: dict[str, Tensor], wants: set[str]
@@ -179,6 +221,8 @@ class TorchLearner:
             for name, x in computed(self.policy, batch, wants, update.token_budget, update.temperature).items()
         }
         loss = total(update, {**self.state, **batch, **leaves}, counts, metrics)
+        for name in metrics:  # every rank has those of all sequences
+            metrics[name] = metrics[name] / world.size()
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
 
@@ -188,13 +232,16 @@ class TorchLearner:
             self.state.setdefault(name, torch.tensor(start, device=self.policy.device))
 
     @torch.no_grad()
-    def _next_state(self, update: Update, seen: list[dict[str, Tensor]]) -> None:
+    def _next_state(self, update: Update, fields: Mapping[str, Tensor]) -> None:
         """The next value of each state, from the fields of the whole step as they were before it."""
-        if not (found := states(update)):
-            return
-        fields = {**self.state, **{name: torch.cat([part[name] for part in seen]) for name in seen[0]}}
-        for name, _, change in found:
-            self.state[name] = change(*(fields[read] for read in inspect.signature(change).parameters))
+        known = {**self.state, **fields}
+        for name, _, change in states(update):
+            self.state[name] = change(*(known[read] for read in arguments(change)))
+
+
+def arguments(call: Callable[..., Any]) -> list[str]:
+    """The names of what a function is called with."""
+    return list(inspect.signature(call).parameters)
 
 
 def states(update: Update) -> list[tuple[str, float, Callable[..., Tensor]]]:
@@ -241,7 +288,7 @@ def diagnose(
     if check_gap:
         mask, tokens = fields["mask"], counts["mask"].tokens
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
-        metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
+        metrics["gap/max"] = gap.max()
         add(metrics, "gap/mean", gap.sum() / tokens)
 
 
@@ -302,24 +349,70 @@ def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Ite
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
+    return map(batch.take, cuts(batch, blocks(batch, whole_groups=whole_groups), token_budget))
+
+
+def own_units(batch: Batch, token_budget: int, whole_groups: bool = False) -> list[tuple[Batch, float]]:
+    """The units of this rank, each with the share 1.
+
+    Every rank has as many, because each is a collective where weights are divided: a rank that has fewer goes through the
+    shortest unit once more, with the share 0.
+    """
+    dealt = deal(batch, blocks(batch, whole_groups=whole_groups), world.size())
+    every = [list(cuts(batch, part, token_budget)) for part in dealt]
+    own = [(batch.take(part), 1.0) for part in every[world.rank()]]
+    idle = max(map(len, every)) - len(own)
+    shortest = min((part for parts in every for part in parts), key=lambda part: sum(batch.inputs[i].length for i in part))
+    return own + [(batch.take(shortest), 0.0)] * idle
+
+
+def deal(batch: Batch, together: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """The blocks of each rank: the longest first, to the one that has the fewest tokens."""
+    if ranks == 1:
+        return [together]
+    size = {id(block): sum(batch.inputs[i].length for i in block) for block in together}
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for block in sorted(together, key=lambda b: (-size[id(b)], b[0])):
+        least = load.index(min(load))
+        dealt[least].append(block)
+        load[least] += size[id(block)]
+    return dealt
+
+
+def cuts(batch: Batch, together: list[list[int]], token_budget: int) -> Iterator[list[int]]:
+    """The sequences of each unit that some blocks make (see `units`)."""
     lengths = [x.length for x in batch.inputs]
     prompts = [x.prompt for x in batch.inputs]
     part: list[int] = []
     prompt = answer = 0
-    for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
+    for block in sorted(together, key=lambda b: (max(lengths[i] for i in b), b[0])):
         wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
         if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
-            yield batch.take(part)
+            yield part
             part, prompt, answer = [], 0, 0
-        part += block
+        part = part + block
         prompt, answer = max(prompt, wide), max(answer, long)
     if part:
-        yield batch.take(part)
+        yield part
 
 
 def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Sum a metric over units."""
-    metrics[name] = metrics[name] + value if name in metrics else value
+    """Add up a metric over units; of those called `/max`, keep the largest."""
+    put = torch.maximum if name.endswith("/max") else torch.add
+    metrics[name] = put(metrics[name], value) if name in metrics else value
+
+
+def over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of the whole step, where each rank has those of its units: two reductions, whatever there is."""
+    if world.size() == 1:
+        return metrics
+    made = dict(metrics)
+    for whole, combine in ((False, world.summed), (True, world.largest)):
+        names = [name for name in sorted(metrics) if name.endswith("/max") == whole]
+        if names:
+            made |= zip(names, combine(torch.stack([metrics[name].float() for name in names])), strict=True)
+    return made
 
 
 @torch.no_grad()
@@ -327,7 +420,7 @@ def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, t
     """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
-    for unit in units(numbered, token_budget):
+    for unit, share in own_units(numbered, token_budget):
         for name, x in policy.forward(unit, wants, temperature).items():
-            out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
-    return out
+            out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] += share * x
+    return {name: world.summed(out[name]) for name in sorted(out)}

@@ -1,0 +1,119 @@
+"""Several processes that share the optimiser's state, the gradients or the weights: DeepSpeed's ZeRO stages 0 to 3."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlx import world
+from rlx.learner import MakeLearner, TorchLearner
+from rlx.types import Batch, Component, ConfigError, Policy
+
+
+class Whole(nn.Module):
+    """A policy as one module, which is what DeepSpeed divides: its forward gives the fields of a batch."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = (policy,)  # in a tuple, so that its tensors are registered once
+        self.module = policy.module
+        self.heads = getattr(policy, "heads", None)
+
+    def forward(self, unit: Batch, wants: set[str], temperature: float) -> dict[str, Tensor]:
+        """The fields of `wants`."""
+        return self.policy[0].forward(unit, wants, temperature)
+
+
+class DeepSpeedLearner(TorchLearner):
+    """One rank of several: the loop, reductions and schedule of TorchLearner, with DeepSpeed for the gradient and the step.
+
+    Losses are divided by the counts of all ranks, so that gradients are to be added up; DeepSpeed averages them, hence the
+    factor of `world.size()`. Under stage 3 a copy of the weights is divided and trained, and `policy` stays whole: it gets
+    the new weights once after each step, and whatever samples, evaluates or saves uses it without a collective.
+    """
+
+    def __init__(
+        self, policy: Policy, optim: Component[Any], *, lr: float, total: int, stage: int, settings: Mapping[str, Any]
+    ) -> None:
+        import deepspeed
+
+        super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
+        self.stage = stage
+        offloads = (settings.get("zero_optimization") or {}).get("offload_optimizer")
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=Whole(self.trained),
+            optimizer=on_cpu(self.optimizer, optim.name) if offloads else self.optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "steps_per_print": 10**9,
+                "gradient_clipping": float(self.settings["clip"] or 0.0) if stage else 0.0,
+                **settings,
+            },
+            dist_init_required=False,
+        )
+
+    def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        fields: dict[str, Tensor] = self.engine(unit, wants, temperature)
+        return fields
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * world.size())
+
+    def _descend(self, lr: float, *, allowed: bool) -> Tensor:
+        norm: Any = None
+        if self.stage == 0:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+            allowed = allowed and bool(torch.isfinite(norm))
+        if not allowed:
+            return torch.tensor(float("nan")) if norm is None else norm
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with world.phase("the optimiser's step"):
+            self.engine.step()  # which does nothing where the norm is not finite
+            if self.stage == 3:
+                publish(self.trained, self.policy)
+        return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
+
+
+def twin(policy: Any) -> Any:
+    """A copy with weights of its own."""
+    made = copy.copy(policy)
+    made.module = copy.deepcopy(policy.module)
+    if getattr(policy, "heads", None) is not None:
+        made.heads = copy.deepcopy(policy.heads)
+    return made
+
+
+@torch.no_grad()
+def publish(trained: Any, policy: Any) -> None:
+    """Copy the divided weights into a whole model, one at a time: all ranks hold all of them, and no more."""
+    from deepspeed.zero import GatheredParameters
+
+    for part in ("module", "heads"):
+        if getattr(policy, part, None) is not None:
+            for whole, divided in zip(getattr(policy, part).parameters(), getattr(trained, part).parameters(), strict=True):
+                if divided.requires_grad:
+                    with GatheredParameters([divided]):
+                        whole.copy_(divided)
+
+
+def on_cpu(optimizer: torch.optim.Optimizer, name: str) -> Any:
+    """DeepSpeed's AdamW for a state in the host's memory, with the settings of the optimiser. Raises ConfigError for another."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise ConfigError(f"launch.offload_optimizer: works with the optimiser adamw, got {name}")
+    groups = [{k: group[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    return DeepSpeedCPUAdam(groups, adamw_mode=True)
+
+
+def learner_of(stage: int | None, settings: Mapping[str, Any]) -> MakeLearner:
+    """What trains a model: in one process (no stage), or under a stage of ZeRO with DeepSpeed's settings."""
+    return TorchLearner if stage is None else partial(DeepSpeedLearner, stage=stage, settings=settings)
