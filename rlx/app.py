@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -16,9 +17,12 @@ from typing import Any
 
 from rlx.build import Binder
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
+from rlx.launch import Launch, idle_gpus, launch_of
+from rlx.paths import default_run_dir
 from rlx.plan import Plan, bind_objective, plan
+from rlx.ranks import train_in_ranks
 from rlx.report.read import JOBS, job_run
-from rlx.types import ConfigError
+from rlx.types import ConfigError, Failed
 
 SWEEP = "sweep.json"
 
@@ -34,21 +38,45 @@ def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple
 
 def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: str = "") -> None:
     """Run a recipe, then print where the run is and its final table. `sweep` names the sweep that this is a job of."""
-    composed, made = planned(arguments, extra, trust)
-
-    from rlx.report.read import load_run
-    from rlx.report.tables import final_table
-    from rlx.run import Failed, default_run_dir, run
-
-    given = made.config.pop("run_dir", None)
-    run_dir = Path(given) if given else default_run_dir(made.config["recipe"])
-    print(f"run directory: {run_dir}", flush=True)
+    composed = compose(arguments, extra)
+    for line in composed.notices:
+        print(f"note: {line}")
+    given = composed.config.pop("run_dir", None)
+    launch = launch_of(composed.config)
+    run_dir = Path(given) if given else default_run_dir(composed.config["recipe"])
+    if idle := idle_gpus(launch):
+        print(f"note: {idle}")
+    start = train_here if launch.stage is None else functools.partial(train_there, launch)
     try:
-        run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
+        start(composed, run_dir, trust, sweep)
     except KeyboardInterrupt:
         raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, run_dir)}", 130) from None
+    from rlx.report.read import load_run
+    from rlx.report.tables import final_table
+
     print("\n" + final_table(load_run(run_dir)))
     print(f"\nrun directory: {run_dir}\nlook at it:    rlx report {run_dir}")
+
+
+def train_here(composed: Composed, run_dir: Path, trust: list[str], sweep: str) -> None:
+    """Run in this process."""
+    made = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given)
+    for line in made.notices:
+        print(f"note: {line}")
+
+    from rlx.run import run
+
+    print(f"run directory: {run_dir}", flush=True)
+    run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
+
+
+def train_there(launch: Launch, composed: Composed, run_dir: Path, trust: list[str], sweep: str) -> None:
+    """Run in processes of their own, which get the resolved config and compose nothing."""
+    config = {**composed.config, "launch": dataclasses.asdict(launch)}
+    job = {"config": config, "swapped": sorted(composed.swapped), "given": sorted(composed.given)}
+    words = {"command": sys.argv, "overrides": composed.overrides, "trust": trust, "sweep": sweep}
+    print(f"run directory: {run_dir}", flush=True)
+    train_in_ranks(launch, {**job, **words}, run_dir)
 
 
 def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path, *flags: str) -> str:
@@ -68,7 +96,7 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     Raises Failed where a job failed, ConfigError where the directory holds another sweep's jobs.
     """
     from rlx.report.tables import sweep_table
-    from rlx.run import Failed, stoppable
+    from rlx.run import stoppable
 
     known = recipes(extra)
     folder = [a.partition("=")[2] for a in arguments if a.startswith("run_dir=")]

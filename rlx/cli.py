@@ -80,6 +80,7 @@ def train(
       rlx train grpo_math scale=smoke              two steps of everything
       rlx train -m grpo_math seed=0,1,2 stages.rl.lr=1e-4,3e-4
       rlx train grpo_math track=wandb
+      rlx train grpo_math launch=zero2 launch.gpus=8
     """
     from rlx import app as run
 
@@ -268,12 +269,10 @@ def main() -> None:
 
 def told(error: Exception) -> int | None:
     """The exit status of an error whose message is all there is to say; None for a mistake of rlx's own."""
-    from rlx.types import ConfigError
+    from rlx.types import ConfigError, Failed
 
     if isinstance(error, ConfigError):
         return 2
-    from rlx.run import Failed
-
     return error.status if isinstance(error, Failed) else None
 
 

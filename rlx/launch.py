@@ -68,6 +68,8 @@ class Launch:
 
     def settings(self) -> dict[str, Any]:
         """What DeepSpeed is told besides batch sizes, optimiser and clipping. Raises ConfigError, with every wrong key."""
+        if self.stage is None:
+            return {}
         zero: dict[str, Any] = {"stage": self.stage}
         for key, part in (("offload_optimizer", self.offload_optimizer), ("offload_param", self.offload_parameters)):
             if part:

@@ -90,13 +90,17 @@ class Learner(Protocol):
     steps: int
     tokens: int
 
-    def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]: ...
+    def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
+        """Train on a batch; the metrics."""
+        ...
 
 
 class MakeLearner(Protocol):
-    """(policy, optimiser of the catalogue, peak learning rate, optimiser steps of the schedule) -> what trains the policy."""
+    """TorchLearner, or another learner that is made of the same."""
 
-    def __call__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> Learner: ...
+    def __call__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> Learner:
+        """(policy, optimiser of the catalogue, peak learning rate, optimiser steps of the schedule) -> a learner of it."""
+        ...
 
 
 class TorchLearner:
@@ -105,9 +109,7 @@ class TorchLearner:
     `trained` is what computes the gradient, where that is another copy of the weights than `policy`.
     """
 
-    def __init__(
-        self, policy: Policy, optim: Component[Any], *, lr: float, total: int, trained: Policy | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int, trained: Policy | None = None) -> None:
         self.policy = policy
         self.lr = lr
         self.total = total
@@ -127,6 +129,10 @@ class TorchLearner:
         shares of two halves of the prompts in the gradient g1 + g2: the halves are independent, so its expectation is the
         trace of the gradient's covariance.
         """
+        with world.phase("an update"):
+            return self._step(batch, update, seed)
+
+    def _step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
         shown: list[dict[str, Tensor]] = []
         rng = np.random.default_rng(seed)
         together = blocks(batch, whole_groups=update.whole_groups)

@@ -19,9 +19,9 @@ import yaml
 from rlx.claims import METHOD, Claim, Outcome, Verdict, outcomes, value_at, verdict
 from rlx.graph import Node, execute, graph, seconds_of
 from rlx.report.read import Run, load_run, lower_is_better
-from rlx.run import Failed, write_json
+from rlx.run import write_json
 from rlx.source import claim_hash
-from rlx.types import ConfigError
+from rlx.types import ConfigError, Failed
 
 Tried = dict[str, list[tuple[dict[str, Any], float]]]
 

@@ -23,32 +23,27 @@ from typing import Any
 
 import yaml
 
-from rlx import __version__
+from rlx import __version__, world
 from rlx.build import hint
 from rlx.health import health
+from rlx.launch import launch_of
+from rlx.learner import MakeLearner, TorchLearner
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
 from rlx.source import code_hash
 from rlx.stages.context import Context
 from rlx.track import Display, Lines, Live, Log, NoTracker, Tracker, Wandb
-from rlx.types import ConfigError
+from rlx.types import ConfigError, Failed
+from rlx.zero import learner_of
 
 VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
 # Keys of a config that may differ between two starts of one run.
-FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
+FREE = {"run_dir", "track", "launch", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
 
 
 # A model with fewer weights than this is faster with one thread than with several: its matrices are so small that waking
 # the other threads costs more than they save, and on a machine that is busy elsewhere they wait for each other.
 SMALL = 10_000_000
-
-
-class Failed(RuntimeError):
-    """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def run(
@@ -64,17 +59,21 @@ def run(
     Raises ConfigError where `run_dir` holds another config's run or cannot be written, Failed where training broke down,
     KeyboardInterrupt on SIGINT and SIGTERM.
     """
-    info = start(plan, run_dir, command or sys.argv, overrides or [], sweep)
+    info = world.first(lambda: start(plan, run_dir, command or sys.argv, overrides or [], sweep))
     if info["status"] == "finished":
         print(f"{run_dir}: finished before; nothing is run again")
         return info
-    tracker = make_tracker(plan, run_dir, info)
+    tracker = make_tracker(plan, run_dir, info) if world.leads() else NoTracker()
+    launch = launch_of(plan.config)
+    learner = learner_of(launch.stage, launch.settings())
     display: Display = Live() if sys.stdout.isatty() else Lines()
     began, before = time.monotonic(), float(info.get("seconds") or 0.0)
     done: dict[str, dict[str, float]] = {}
     current = ""
 
     def close(status: str, error: str | None = None) -> None:
+        if not world.leads():
+            return
         info.update(status=status, error=error, seconds=round(before + time.monotonic() - began, 2))
         write_json(run_dir / "run.json", info)
 
@@ -84,7 +83,7 @@ def run(
         with stoppable():
             for name in plan.stages:
                 current = name
-                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
+                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker, learner=learner)
         info["objective"] = objective(plan, done, display)
         close("finished")
     except KeyboardInterrupt:
@@ -97,6 +96,7 @@ def run(
         said = f"stages.{current}: {error if isinstance(error, RuntimeError) else f'{type(error).__name__}: {error}'}"
         with contextlib.suppress(OSError):  # the disk may be what failed
             close("failed", said)
+        if world.leads():
             (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             said += f"\nthe traceback is in {run_dir / 'error.txt'}"
         raise Failed(said) from error
@@ -108,7 +108,7 @@ def run(
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """SIGTERM (a scheduler's) interrupts as Ctrl-C does. Once interrupted, SIGTERM does not interrupt the saving."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or world.size() > 1:  # ranks are told by world.step
         yield
         return
 
@@ -150,7 +150,15 @@ def choose_threads(plan: Plan) -> None:
             torch.set_num_threads(1)
 
 
-def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
+def run_stage(
+    plan: Plan,
+    name: str,
+    run_dir: Path,
+    *,
+    display: Display,
+    tracker: Tracker,
+    learner: MakeLearner = TorchLearner,
+) -> dict[str, float]:
     """One stage, unless it is done; its last metrics. It starts without checkpoints: another config's are not to be found.
 
     An interrupt saves the weights of the moment, for looking at; a stage that is taken up again starts from its beginning.
@@ -159,18 +167,18 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
     done = folder / "DONE"
     config = plan.config["stages"][name]
     code = code_hash({**plan.config, "stages": {name: config}})
-    if done.is_file():
-        record = read_json(done)
+    record = world.first(lambda: read_json(done))
+    if record:
         by = "" if record.get("code") == code else " by other code than this (delete its DONE to run it again)"
         display.say(f"[{name}] done before{by}; skipped")
         finished: dict[str, float] = record["summary"]
         return finished
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if world.leads():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     quiet()
     display.say(f"[{name}] {plan.stages[name].describe()}")
-    log = Log(
-        folder, name, display=display, tracker=tracker, health=health if plan.config.get("scale") != "smoke" else no_advice
-    )
+    advice = health if plan.config.get("scale") != "smoke" else no_advice
+    log = Log(folder if world.leads() else None, name, display=display, tracker=tracker, health=advice)
     stage, key = plan.objective
     ctx = Context(
         run_dir=run_dir,
@@ -179,9 +187,11 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         model=plan.model,
         task=plan.task,
         log=log,
+        learner=learner,
         objective=key if stage == name else "",
     )
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    if world.leads():
+        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     try:
         summary = plan.stages[name].run(ctx)
     except KeyboardInterrupt:
@@ -192,7 +202,9 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         raise
     finally:
         log.close()
-    write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
+    if world.leads():
+        write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
+    world.barrier()  # what rank 0 wrote is there for the next stage
     return summary
 
 
@@ -275,13 +287,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{path}.{k}".lstrip("."))
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
-def default_run_dir(recipe: str) -> Path:
-    """runs/<recipe>/<time>, unused."""
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    base = Path("runs") / recipe / stamp
-    return next(p for i in range(1000) if not (p := base.with_name(f"{stamp}_{i}") if i else base).exists())
 
 
 def write_text(path: Path, text: str) -> None:

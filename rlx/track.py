@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rlx.types import Episode
 
@@ -182,13 +183,11 @@ class Live:
 
 
 class Log:
-    """The log of one stage: every line is flushed, so that a killed run keeps what it had."""
+    """The log of one stage: every line is flushed, so a killed run keeps what it had. Without a folder, nothing is written."""
 
-    def __init__(self, folder: Path, stage: str, *, display: Display, tracker: Tracker, health: Health) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path | None, stage: str, *, display: Display, tracker: Tracker, health: Health) -> None:
         self.stage, self.display, self.tracker, self.health = stage, display, tracker, health
-        self.metrics_file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.samples_file = (folder / "samples.jsonl").open("w", encoding="utf-8")
+        self.metrics_file, self.samples_file = opened(folder, "metrics.jsonl"), opened(folder, "samples.jsonl")
         self.history: list[dict[str, float]] = []
         self.warned: set[str] = set()
         self.stopped = ""
@@ -242,6 +241,13 @@ class Log:
         self.display.end()
         self.metrics_file.close()
         self.samples_file.close()
+
+
+def opened(folder: Path | None, name: str) -> IO[str]:
+    """A file to write lines to."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return (folder / name if folder is not None else Path(os.devnull)).open("w", encoding="utf-8")
 
 
 def write(file: Any, row: Mapping[str, Any]) -> None:

@@ -32,6 +32,14 @@ class DataError(ConfigError):
     """A row of data that does not fit: names the file, the line, the column and what was expected."""
 
 
+class Failed(RuntimeError):
+    """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 # --------------------------------------------------------------------------- what is asked, what happened
 @dataclass(frozen=True, eq=False)
 class Image:

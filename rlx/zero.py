@@ -40,8 +40,7 @@ class DeepSpeedLearner(TorchLearner):
     def __init__(
         self, policy: Policy, optim: Component[Any], *, lr: float, total: int, stage: int, settings: Mapping[str, Any]
     ) -> None:
-        import deepspeed
-
+        deepspeed = imported()
         super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
         self.stage = stage
         offloads = (settings.get("zero_optimization") or {}).get("offload_optimizer")
@@ -82,6 +81,25 @@ class DeepSpeedLearner(TorchLearner):
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
 
+def imported() -> Any:
+    """DeepSpeed, without its lines of information, and without an operator that it would compile for a minute.
+
+    That one makes sums of CPU processes faster.
+    """
+    import logging
+    import warnings
+
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed
+
+
 def twin(policy: Any) -> Any:
     """A copy with weights of its own."""
     made = copy.copy(policy)
@@ -94,7 +112,7 @@ def twin(policy: Any) -> Any:
 @torch.no_grad()
 def publish(trained: Any, policy: Any) -> None:
     """Copy the divided weights into a whole model, one at a time: all ranks hold all of them, and no more."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     for part in ("module", "heads"):
         if getattr(policy, part, None) is not None:
@@ -105,7 +123,7 @@ def publish(trained: Any, policy: Any) -> None:
 
 
 def on_cpu(optimizer: torch.optim.Optimizer, name: str) -> Any:
-    """DeepSpeed's AdamW for a state in the host's memory, with the settings of the optimiser. Raises ConfigError for another."""
+    """DeepSpeed's AdamW for a state in the host's memory, with the optimiser's settings. Raises ConfigError for another."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     if not isinstance(optimizer, torch.optim.AdamW):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlx import world
 from rlx.filters import chain
 from rlx.rollout.samplers import resampled
 from rlx.stages.context import Context
@@ -59,7 +60,7 @@ class Buffer:
         states = [(episode, k) for episode in self.episodes for k in range(len(episode.turns))]
         rng = np.random.default_rng((*seed, 0))
         chosen = [states[i] for i in rng.choice(len(states), min(self.spec.states, len(states)), replace=False).tolist()]
-        made = resampled(models[self.spec.resample], chosen, sampling, (*seed, 1))
+        made = world.first(lambda: resampled(models[self.spec.resample], chosen, sampling, (*seed, 1)))
         self._pairs = [(episode, fresh) for (episode, _), fresh in zip(chosen, made, strict=True)]
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from rlx import world
 from rlx.build import LANGUAGE
 from rlx.data.write import FORMS, Rows, jsonl
 from rlx.filters import chain
@@ -113,7 +114,8 @@ class Collect:
                 f"stages.{ctx.name}: none of {len(asked)} prompts made a row (rows: {self.rows}, {len(kept)} of {len(seen)} "
                 "answers kept)"
             )
-        jsonl(rows, ctx.folder / "out" / "rows.jsonl")
+        if world.leads():
+            jsonl(rows, ctx.folder / "out" / "rows.jsonl")
         return measured(kept, seen, rows, len(asked))
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlx import world
 from rlx.data.rows import write
+from rlx.learner import MakeLearner, TorchLearner
 from rlx.report.read import lower_is_better
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec, freeze, random_heads, target_of
@@ -138,9 +140,13 @@ class Sources:
 
 @dataclass(kw_only=True)
 class Context(Sources):
-    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's."""
+    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's.
+
+    `learner` makes what trains a model, in one process or in several.
+    """
 
     log: Log
+    learner: MakeLearner = TorchLearner
     objective: str = ""
     step: int = 0
     in_training: Mapping[str, Policy] = field(default_factory=dict)
@@ -169,6 +175,7 @@ class Context(Sources):
         shares = [(max(1, round(total * float(share.removesuffix("%")) / 100)), share) for share in at]
         for step in range(1, total + 1):
             self.step = step
+            world.step(f"step {step} of stage {self.name!r}")
             yield step
             for share in (name for when, name in shares if when == step):
                 self.checkpoint(checkpoint_name(share))
@@ -180,7 +187,9 @@ class Context(Sources):
         self.save(self.folder / "checkpoints" / name)
 
     def save(self, folder: Path) -> None:
-        """Write the policy to a folder, what else is trained below its `models/`, and its pools below `buffers/`."""
+        """Write the policy to a folder, what else is trained below its `models/`, its pools below `buffers/`: rank 0 does."""
+        if not world.leads():
+            return
         for name, model in self.in_training.items():
             model.save(folder if name == "policy" else folder / "models" / name)
         for name, episodes in self.buffers.items():

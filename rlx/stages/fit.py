@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
-from rlx.learner import TorchLearner, Update
+from rlx.learner import Update
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
@@ -95,7 +95,7 @@ class Fit:
         loaded = ctx.models(specs, ["policy"])
         policy = loaded["policy"]
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
-        learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)
+        learner = ctx.learner(policy, self.optim, lr=self.lr, total=self.steps)
         given = with_columns(ctx.data(self.data, self.limit), self.columns, f"stages.{ctx.name}.columns: {self.data}")
         rows = tokenized(given, policy, self.max_length, f"stages.{ctx.name}.data")
         batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")

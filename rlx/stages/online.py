@@ -125,7 +125,7 @@ class Online:
         specs = self.needed()
         loaded = ctx.models(specs, [u.train for u in self.all_updates().values()])
         policy = loaded["policy"]
-        updates = learners(self, self.all_updates(), loaded)
+        updates = learners(self, self.all_updates(), loaded, ctx.learner)
         buffers = begun(self.buffers, [u.spec.on for u in updates], policy, ctx)
         rows = with_columns(ctx.data(self.data), self.columns, f"stages.{ctx.name}.columns: {self.data}")
         prompts = shuffled(rows, self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")

@@ -1,0 +1,180 @@
+"""The process that starts the ranks of a run and waits for them: it writes the resolved config, and tells how they ended.
+
+`FOLDER` beside the run directory is where they meet, on every machine: job.json for the ranks, and from each of them
+rank-N.phase (what it is doing), rank-N.log (what it says on stderr), rank-N.stacks and rank-N.error. `stop` asks them to end.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlx.launch import Launch, chosen_gpus, visible_gpus
+from rlx.types import ConfigError, Failed
+
+INTERRUPTED = 130
+PATIENCE = 5.0  # seconds that the other ranks have to end by themselves
+
+
+def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> None:
+    """Run a job (see `rlx/worker.py`) in the processes that `launch` says.
+
+    Raises ConfigError or Failed with what the first rank in trouble said, KeyboardInterrupt where the user ended it.
+    """
+    gpus = chosen_gpus(launch) if launch.hostfile is None else []
+    folder = run_dir.with_name(f"{run_dir.name}.ranks-{os.getpid()}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: its parent cannot be written ({error.strerror}); choose another with run_dir=DIR"
+        ) from error
+    whole = {**job, "run_dir": str(run_dir), "parent": os.getpid(), "host": socket.gethostname()}
+    (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
+    try:
+        child = subprocess.Popen(
+            command(launch, gpus, folder), env=environment(len(gpus)), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        with forwarding(child, folder):
+            status = wait(child, folder)
+        if status == INTERRUPTED or (status and (folder / "stop").exists()):
+            raise KeyboardInterrupt
+        if status:
+            raise trouble(folder, status, run_dir)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def command(launch: Launch, gpus: list[str], folder: Path) -> list[str]:
+    """What starts the ranks: DeepSpeed's launcher of one machine, or with a hostfile its runner, which goes to the others."""
+    if launch.hostfile is None:
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": gpus}).encode()).decode()
+        start = ["deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
+    else:
+        start = ["deepspeed.launcher.runner", f"--hostfile={Path(launch.hostfile).expanduser()}", "--force_multi"]
+        start += [f"--num_gpus={launch.gpus}"] if launch.gpus is not None else []
+    settings = [f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlx.worker"]
+    return [sys.executable, "-m", *start, *settings, str(folder.resolve())]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The ranks' environment. On a CPU they share its cores."""
+    own = dict(os.environ)
+    own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, ranks))))
+    if not visible_gpus():
+        own["DS_ACCELERATOR"] = "cpu"
+    return own
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that several runs fit on one machine."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def forwarding(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the ranks to end after their step; the second time, they are killed."""
+
+    def stop(_number: int, _frame: object) -> None:
+        if (folder / "stop").exists():
+            kill(child)
+        else:
+            (folder / "stop").touch()
+            print("ends after this step; once more to end at once", file=sys.stderr)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        kill(child)
+
+
+def wait(child: subprocess.Popen[bytes], folder: Path) -> int:
+    """The launcher's exit status. Where a rank reports trouble, the others get some seconds to end."""
+    deadline = float("inf")
+    while child.poll() is None and time.monotonic() < deadline:
+        if deadline == float("inf") and any(folder.glob("rank-*.error")):
+            note_the_dead(folder)
+            deadline = time.monotonic() + PATIENCE
+        time.sleep(0.1)
+    if child.poll() is None:
+        kill(child)
+        return 1
+    return child.returncode
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the launcher and all ranks of this machine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def note_the_dead(folder: Path) -> None:
+    """Write an error for each rank of this machine that has died without one: its neighbours only know that it is gone."""
+    for path in folder.glob("rank-*.pid"):
+        state = Path("/proc") / path.read_text() / "stat"
+        alive = state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
+        if not alive and not path.with_suffix(".error").exists():
+            number = path.stem.removeprefix("rank-")
+            text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
+            error = {"time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
+            path.with_suffix(".error").write_text(json.dumps(error), encoding="utf-8")
+
+
+def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
+    """What went wrong first, as the error to raise; it is in run.json as well."""
+    note_the_dead(folder)
+    errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
+    error: dict[str, Any] = {"status": 1, "traceback": ""}
+    stalled = [path for path in folder.glob("rank-*.stacks") if path.stat().st_size]
+    if stalled and not any(error["time"] > 0 for error in errors):
+        first = min(stalled, key=lambda path: path.stat().st_mtime)
+        phases = [f"rank {n}: {phase_of(folder, n)}" for n in sorted(p.stem.removeprefix("rank-") for p in stalled)]
+        number = first.stem.removeprefix("rank-")
+        said = f"rank {number} made no progress in {phase_of(folder, number)} (launch.timeout)\n" + "\n".join(phases)
+        error["message"] = f"{said}\n{first.read_text(encoding='utf-8').strip()}"
+    elif errors:
+        error = min(errors, key=lambda e: float(e["time"]))
+    else:
+        error["message"] = f"the ranks ended with status {status}" + tail(folder, "0")
+    close(run_dir, error)
+    return ConfigError(error["message"]) if error["status"] == 2 else Failed(error["message"], error["status"])
+
+
+def close(run_dir: Path, error: Mapping[str, Any]) -> None:
+    """Note in the run directory why it ended, if rank 0 could not."""
+    path = run_dir / "run.json"
+    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if info.get("status") == "running":
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
+            (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
+
+
+def phase_of(folder: Path, number: str) -> str:
+    """What a rank was doing."""
+    path = folder / f"rank-{number}.phase"
+    return path.read_text(encoding="utf-8") if path.is_file() else "its start"
+
+
+def tail(folder: Path, number: str, lines: int = 20) -> str:
+    """The last that a rank said on stderr."""
+    path = folder / f"rank-{number}.log"
+    said = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:] if path.is_file() else []
+    return "\n" + "\n".join(said) if said else ""

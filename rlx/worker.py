@@ -1,0 +1,90 @@
+"""One rank of a run: `python -m rlx.worker FOLDER` under DeepSpeed's launcher. All that it knows is in FOLDER/job.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Train; end with 0, with 130 where the user ended it, or with an error in rank-N.error."""
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    (folder / f"rank-{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started the ranks tells them
+    if rank:
+        speak_into(folder / f"rank-{rank}.log")
+    if job["host"] == socket.gethostname():
+        threading.Thread(target=end_with, args=(job["parent"],), daemon=True).start()
+    status = 0
+    try:
+        train(job, folder)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:  # whatever it is, the other ranks wait for this one
+        status = report(error, folder / f"rank-{rank}.error")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a process group in the middle of a collective would not end
+
+
+def train(job: dict[str, Any], folder: Path) -> None:
+    """Bind the resolved config and run it."""
+    from rlx import world
+    from rlx.launch import launch_of
+    from rlx.plan import plan
+    from rlx.run import quiet, run
+
+    launch = launch_of(job["config"])
+    quiet()
+    world.join(folder, launch.timeout)
+    made = plan(job["config"], trusted=job["trust"], swapped=job["swapped"], given=job["given"])
+    for line in made.notices:
+        print(f"note: {line}")
+    run(made, Path(job["run_dir"]), command=job["command"], overrides=job["overrides"], sweep=job["sweep"])
+    world.barrier()
+
+
+def report(error: BaseException, path: Path) -> int:
+    """Write what went wrong; the exit status of it. The message of an error of rlx's own is all there is to say."""
+    from rlx.types import ConfigError, Failed
+
+    status = 2 if isinstance(error, ConfigError) else error.status if isinstance(error, Failed) else 1
+    known = isinstance(error, ConfigError | Failed)
+    lines = traceback.format_exception(error)
+    message = str(error) if known else "".join(lines)
+    record = {"time": time.time(), "status": status, "message": message, "traceback": "".join(lines)}
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(record), encoding="utf-8")
+    beside.rename(path)
+    return status
+
+
+def speak_into(path: Path) -> None:
+    """What another rank than 0 prints, rank 0 prints as well; what it says on stderr is kept for the case that it dies."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(nowhere, 1)
+    os.dup2(log, 2)
+
+
+def end_with(parent: int) -> None:
+    """End this rank where the process that started it is gone."""
+    while True:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    main()
