@@ -126,45 +126,46 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def note_the_dead(folder: Path) -> None:
-    """Write an error for each rank of this machine that has died without one: its neighbours only know that it is gone."""
+    """Write an error for each rank of this machine that has died without a word: its neighbours only know that it is gone."""
     for path in folder.glob("rank-*.pid"):
-        state = Path("/proc") / path.read_text() / "stat"
+        state, error = Path("/proc") / path.read_text() / "stat", path.with_suffix(".error")
         alive = state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
-        if not alive and not path.with_suffix(".error").exists():
+        if not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
             number = path.stem.removeprefix("rank-")
             text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
-            error = {"time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
-            path.with_suffix(".error").write_text(json.dumps(error), encoding="utf-8")
+            record = {"time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
+            error.write_text(json.dumps(record), encoding="utf-8")
 
 
 def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     """What went wrong first, as the error to raise; it is in run.json as well."""
     note_the_dead(folder)
     errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
-    error: dict[str, Any] = {"status": 1, "traceback": ""}
-    stalled = [path for path in folder.glob("rank-*.stacks") if path.stat().st_size]
-    if stalled and not any(error["time"] > 0 for error in errors):
-        first = min(stalled, key=lambda path: path.stat().st_mtime)
-        phases = [f"rank {n}: {phase_of(folder, n)}" for n in sorted(p.stem.removeprefix("rank-") for p in stalled)]
-        number = first.stem.removeprefix("rank-")
-        said = f"rank {number} made no progress in {phase_of(folder, number)} (launch.timeout)\n" + "\n".join(phases)
-        error["message"] = f"{said}\n{first.read_text(encoding='utf-8').strip()}"
-    elif errors:
-        error = min(errors, key=lambda e: float(e["time"]))
-    else:
-        error["message"] = f"the ranks ended with status {status}" + tail(folder, "0")
-    close(run_dir, error)
+    errors += [stall(folder, path) for path in folder.glob("rank-*.stacks") if stacks(path)]
+    last = {"time": 0.0, "status": 1, "message": f"the ranks ended with status {status}" + tail(folder, "0"), "traceback": ""}
+    error = min(errors or [last], key=lambda e: float(e["time"]))
+    path = run_dir / "run.json"
+    if path.is_file():
+        info = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
+            (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
     return ConfigError(error["message"]) if error["status"] == 2 else Failed(error["message"], error["status"])
 
 
-def close(run_dir: Path, error: Mapping[str, Any]) -> None:
-    """Note in the run directory why it ended, if rank 0 could not."""
-    path = run_dir / "run.json"
-    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if info.get("status") == "running":
-        with contextlib.suppress(OSError):
-            path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
-            (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
+def stall(folder: Path, path: Path) -> dict[str, Any]:
+    """The error of a rank that made no progress: what each rank was doing, and where this one was."""
+    number = path.stem.removeprefix("rank-")
+    names = sorted(p.stem.removeprefix("rank-") for p in folder.glob("rank-*.phase"))
+    phases = "".join(f"\nrank {name}: {phase_of(folder, name)}" for name in names)
+    said = f"rank {number} made no progress in {phase_of(folder, number)} for launch.timeout seconds{phases}"
+    return {"time": path.stat().st_mtime, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}
+
+
+def stacks(path: Path) -> str:
+    """What faulthandler wrote when a rank's time was over, without the thread that looks after the parent; empty before."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return "\n\n".join(part for part in text.strip().split("\n\n") if " in end_with\n" not in part)
 
 
 def phase_of(folder: Path, number: str) -> str:

@@ -96,10 +96,9 @@ def run(
         said = f"stages.{current}: {error if isinstance(error, RuntimeError) else f'{type(error).__name__}: {error}'}"
         with contextlib.suppress(OSError):  # the disk may be what failed
             close("failed", said)
-        if world.leads():
-            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            said += f"\nthe traceback is in {run_dir / 'error.txt'}"
-        raise Failed(said) from error
+            if world.leads():
+                (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise Failed(f"{said}\nthe traceback is in {run_dir / 'error.txt'}") from error
     finally:
         tracker.finish()
     return info
