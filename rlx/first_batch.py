@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlx import memory, probes
+from rlx.launch import launch_of, num_ranks
 from rlx.learner import mask_of, reduced, step_counts, units
 from rlx.memory import Sizes
 from rlx.models.language import LanguageModel
@@ -129,6 +130,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     yield from memory.estimate(
         real, reference, rows=stage.rows_per_step, prompt=prompt, answer=answer, budget=stage.token_budget
     )
+    yield from ranks(models, real, reference)
 
 
 def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
@@ -187,9 +189,16 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         budget=stage.token_budget,
         decoded=min(episodes, Sampling(limit).rows),
     )
+    yield from ranks(models, real, reference)
 
 
 # --------------------------------------------------------------------------- what they print
+def ranks(models: Models, real: Sizes, reference: Sizes | None) -> list[str]:
+    """The memory of each rank, where there are several."""
+    launch = launch_of(models.plan.config)
+    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch)) if launch.stage is not None else []
+
+
 def columns(rows: list[Episode]) -> str:
     """How many rows there are, and what they have."""
     has = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,20 @@ def launch_of(config: Mapping[str, Any]) -> Launch:
     return launch
 
 
+def undivided(stage: Any) -> list[str]:
+    """What a stage asks for that several processes do not do, one line each."""
+    found = []
+    if getattr(stage, "grad_variance", False):
+        found.append("grad_variance: no process has the whole gradient; leave it out, or take launch=local")
+    updates = stage.all_updates() if hasattr(stage, "all_updates") else {}
+    trained = [update.train for update in updates.values()]
+    for model in dict.fromkeys(trained):
+        if trained.count(model) > 1:
+            names = ", ".join(name for name, update in updates.items() if update.train == model)
+            found.append(f"updates: {names} all train {model!r}, and with DeepSpeed a model has one optimiser; launch=local")
+    return found
+
+
 def without_auto(node: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping without the values `auto`, by which other tools mean what rlx leaves out."""
     kept = {k: without_auto(v) if isinstance(v, Mapping) else v for k, v in node.items() if v != "auto"}
@@ -145,6 +160,17 @@ def visible_gpus() -> list[str]:
         return [name.strip() for name in given.split(",") if name.strip()]
     numbers = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
     return [str(number) for number in numbers]
+
+
+def num_ranks(launch: Launch) -> int:
+    """How many processes there will be on all machines. Raises ConfigError."""
+    if launch.stage is None:
+        return 1
+    if launch.hostfile is None:
+        return len(chosen_gpus(launch))
+    lines = Path(launch.hostfile).expanduser().read_text(encoding="utf-8").splitlines()
+    slots = [int(found[1]) for line in lines if (found := re.match(r"\s*[^#\s]+\s+slots=(\d+)", line))]
+    return sum(launch.gpus or number for number in slots)
 
 
 def chosen_gpus(launch: Launch) -> list[str]:

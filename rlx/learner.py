@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -109,6 +109,8 @@ class TorchLearner:
     `trained` is what computes the gradient, where that is another copy of the weights than `policy`.
     """
 
+    repeats = True  # an optimiser step that memory did not suffice for can be taken again
+
     def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int, trained: Policy | None = None) -> None:
         self.policy = policy
         self.lr = lr
@@ -119,6 +121,7 @@ class TorchLearner:
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
         self.tokens = 0
+        self.share = 1.0  # of the token budget: halved where memory did not suffice
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
@@ -148,6 +151,21 @@ class TorchLearner:
         return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
+        """One optimiser step; where memory does not suffice, once more with half the token budget, which stays halved."""
+        try:
+            return self._attempt(batch, update, check_gap=check_gap)
+        except torch.OutOfMemoryError:
+            if self.share < 1.0 or not self.repeats:
+                raise
+        self.share = 0.5
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"! out of memory: token_budget {update.token_budget} is halved, and the step repeated", flush=True)
+        return self._attempt(batch, update, check_gap=check_gap)
+
+    def _attempt(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
+        update = replace(update, token_budget=max(1, int(update.token_budget * self.share)))
         counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
@@ -195,7 +213,8 @@ class TorchLearner:
         self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
-        return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
+        recorded = {"token_budget": torch.tensor(float(update.token_budget))} if self.share < 1.0 else {}
+        return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)} | recorded
 
     def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
         """The fields of a unit, with gradient; `last`: no unit of this optimiser step comes after it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
+from rlx.launch import launch_of, undivided
 from rlx.paths import CONF
 from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelName, ModelRef, Stage, TaskSource
 from rlx.unroll import moved, unrolled
@@ -112,6 +113,7 @@ def plan(
     check_verifier(binder, stages, no_task=config.get("task") is None)
     if model is not None and model.settings.get("trust_remote_code"):
         check_trust(binder, stages)
+    check_launch(binder, config, stages)
     objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
@@ -205,6 +207,18 @@ def model_names(node: Any) -> Iterator[tuple[str, str]]:
         children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
     for child in children:
         yield from model_names(child)
+
+
+def check_launch(binder: Binder, config: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
+    """What `launch` says, and what its several processes cannot do in a stage."""
+    try:
+        launch = launch_of(config)
+    except ConfigError as error:
+        binder.errors += str(error).splitlines()
+        return
+    for name, stage in stages.items():
+        if stage is not None and launch.stage is not None:
+            binder.errors += [f"stages.{name}.{line}" for line in undivided(stage)]
 
 
 def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:

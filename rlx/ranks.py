@@ -23,16 +23,28 @@ from typing import Any
 from rlx.launch import Launch, chosen_gpus, visible_gpus
 from rlx.types import ConfigError, Failed
 
-INTERRUPTED = 130
 PATIENCE = 5.0  # seconds that the other ranks have to end by themselves
 
 
+class OutOfMemory(Failed):
+    """A rank had too little memory for the units of the token budget."""
+
+
 def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> None:
-    """Run a job (see `rlx/worker.py`) in the processes that `launch` says.
+    """Run a job (see `rlx/worker.py`) in the processes that `launch` says; out of memory, once more with half the budget.
 
     Raises ConfigError or Failed with what the first rank in trouble said, KeyboardInterrupt where the user ended it.
     """
     gpus = chosen_gpus(launch) if launch.hostfile is None else []
+    try:
+        attempt(launch, gpus, {**job, "share": 1.0}, run_dir)
+    except OutOfMemory as error:
+        print(f"! {error}\n! starts again with half of each stage's token_budget", flush=True)
+        attempt(launch, gpus, {**job, "share": 0.5}, run_dir)
+
+
+def attempt(launch: Launch, gpus: list[str], job: Mapping[str, Any], run_dir: Path) -> None:
+    """Start the ranks and wait until they have ended."""
     folder = run_dir.with_name(f"{run_dir.name}.ranks-{os.getpid()}")
     try:
         folder.mkdir(parents=True)
@@ -48,7 +60,7 @@ def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> Non
         )
         with forwarding(child, folder):
             status = wait(child, folder)
-        if status == INTERRUPTED or (status and (folder / "stop").exists()):
+        if status and (folder / "stop").exists():
             raise KeyboardInterrupt
         if status:
             raise trouble(folder, status, run_dir)
@@ -150,7 +162,9 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
         with contextlib.suppress(OSError):  # the disk may be what failed
             path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
             (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
-    return ConfigError(error["message"]) if error["status"] == 2 else Failed(error["message"], error["status"])
+    if error["status"] == 2:
+        return ConfigError(error["message"])
+    return (OutOfMemory if error.get("memory") else Failed)(error["message"], error["status"])
 
 
 def stall(folder: Path, path: Path) -> dict[str, Any]:

@@ -53,8 +53,11 @@ def run(
     command: list[str] | None = None,
     overrides: list[str] | None = None,
     sweep: str = "",
+    share: float = 1.0,
 ) -> dict[str, Any]:
     """Run every stage that is not done; what run.json holds. `sweep` names the sweep that this run is a job of.
+
+    Ranks that ran out of memory start again with a `share` of the token budget.
 
     Raises ConfigError where `run_dir` holds another config's run or cannot be written, Failed where training broke down,
     KeyboardInterrupt on SIGINT and SIGTERM.
@@ -65,7 +68,7 @@ def run(
         return info
     tracker = make_tracker(plan, run_dir, info) if world.leads() else NoTracker()
     launch = launch_of(plan.config)
-    learner = learner_of(launch.stage, launch.settings())
+    learner = learner_of(launch.stage, launch.settings(), share)
     display: Display = Live() if sys.stdout.isatty() else Lines()
     began, before = time.monotonic(), float(info.get("seconds") or 0.0)
     done: dict[str, dict[str, float]] = {}

@@ -49,19 +49,22 @@ def train(job: dict[str, Any], folder: Path) -> None:
     made = plan(job["config"], trusted=job["trust"], swapped=job["swapped"], given=job["given"])
     for line in made.notices:
         print(f"note: {line}")
-    run(made, Path(job["run_dir"]), command=job["command"], overrides=job["overrides"], sweep=job["sweep"])
+    run(made, Path(job["run_dir"]), command=job["command"], overrides=job["overrides"], sweep=job["sweep"], share=job["share"])
     world.barrier()
 
 
 def report(error: BaseException, path: Path) -> int:
     """Write what went wrong; the exit status of it. The message of an error of rlx's own is all there is to say."""
+    import torch
+
     from rlx.types import ConfigError, Failed
 
     status = 2 if isinstance(error, ConfigError) else error.status if isinstance(error, Failed) else 1
     known = isinstance(error, ConfigError | Failed)
     lines = traceback.format_exception(error)
     message = str(error) if known else "".join(lines)
-    record = {"time": time.time(), "status": status, "message": message, "traceback": "".join(lines)}
+    memory = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
+    record = {"time": time.time(), "status": status, "message": message, "traceback": "".join(lines), "memory": memory}
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record), encoding="utf-8")
     beside.rename(path)

@@ -14,6 +14,9 @@ from rlx import world
 from rlx.learner import MakeLearner, TorchLearner
 from rlx.types import Batch, Component, ConfigError, Policy
 
+# Weights in bfloat16; the optimiser has its own in float32, in which gradients are added up as well.
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
 
 class Whole(nn.Module):
     """A policy as one module, which is what DeepSpeed divides: its forward gives the fields of a batch."""
@@ -37,12 +40,25 @@ class DeepSpeedLearner(TorchLearner):
     the new weights once after each step, and whatever samples, evaluates or saves uses it without a collective.
     """
 
+    repeats = False  # the other ranks are in the middle of a sum: all of them start again, with a smaller `share`
+
     def __init__(
-        self, policy: Policy, optim: Component[Any], *, lr: float, total: int, stage: int, settings: Mapping[str, Any]
+        self,
+        policy: Policy,
+        optim: Component[Any],
+        *,
+        lr: float,
+        total: int,
+        stage: int,
+        settings: Mapping[str, Any],
+        share: float = 1.0,
     ) -> None:
         deepspeed = imported()
         super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
-        self.stage = stage
+        low = stage > 0 and bool(getattr(policy, "bf16", False))
+        if low:
+            policy.module.bfloat16()
+        self.stage, self.share = stage, share
         offloads = (settings.get("zero_optimization") or {}).get("offload_optimizer")
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=Whole(self.trained),
@@ -52,6 +68,7 @@ class DeepSpeedLearner(TorchLearner):
                 "gradient_accumulation_steps": 1,
                 "steps_per_print": 10**9,
                 "gradient_clipping": float(self.settings["clip"] or 0.0) if stage else 0.0,
+                **(BF16 if low else {}),
                 **settings,
             },
             dist_init_required=False,
@@ -132,6 +149,6 @@ def on_cpu(optimizer: torch.optim.Optimizer, name: str) -> Any:
     return DeepSpeedCPUAdam(groups, adamw_mode=True)
 
 
-def learner_of(stage: int | None, settings: Mapping[str, Any]) -> MakeLearner:
-    """What trains a model: in one process (no stage), or under a stage of ZeRO with DeepSpeed's settings."""
-    return TorchLearner if stage is None else partial(DeepSpeedLearner, stage=stage, settings=settings)
+def learner_of(stage: int | None, settings: Mapping[str, Any], share: float) -> MakeLearner:
+    """What trains a model: in one process (no stage), or under a stage of ZeRO with a share of the token budget."""
+    return TorchLearner if stage is None else partial(DeepSpeedLearner, stage=stage, settings=settings, share=share)

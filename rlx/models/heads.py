@@ -11,6 +11,15 @@ from torch import Tensor, nn
 FILE = "heads.safetensors"
 
 
+class Number(nn.Linear):
+    """A linear function that computes in float32, whatever its weights and its input are kept in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., 1)."""
+        bias = self.bias.float() if self.bias is not None else None
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
 class Heads(nn.Module):
     """One number for each state that a head reads. `where` maps a head's name to what it reads (HEADS in rlx/types.py).
 
@@ -24,7 +33,7 @@ class Heads(nn.Module):
         self.where = dict(where)
         self.drawn = set(where)
         draw = torch.Generator().manual_seed(seed)
-        self.linear = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=at != "last") for name, at in self.where.items()})
+        self.linear = nn.ModuleDict({name: Number(hidden, 1, bias=at != "last") for name, at in self.where.items()})
         for name, weight in self.linear.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -62,7 +71,7 @@ class Heads(nn.Module):
         for name, at in self.where.items():
             if name not in want:
                 continue
-            x = self.linear[name](hidden.float())[..., 0]
+            x = self.linear[name](hidden)[..., 0]
             if at == "token":
                 found[name] = x[:, start - 1 : start - 1 + columns]
             elif at == "last":

@@ -44,19 +44,24 @@ rollout
 llm
 methods
 optim
+world
 learner
+zero
 paths catalogue health track report
 source
 build
+launch
 unroll
 plan
 compose
+ranks
 stages
 check memory probes
 first_batch run
 claims graph
 reproduce
 result evaluate
+worker
 app
 show
 cli
@@ -70,8 +75,11 @@ APART = {
     "track": {"types"},
     "report": {"types"},
     "build": {"types", "catalogue"},
+    "world": set(),
+    "launch": {"types", "build"},
+    "ranks": {"types", "launch"},
     "unroll": {"build"},
-    "plan": {"types", "catalogue", "build", "paths", "unroll"},
+    "plan": {"types", "catalogue", "build", "paths", "launch", "unroll"},
     "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report", "unroll"},
 }
