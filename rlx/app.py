@@ -283,9 +283,7 @@ def reproduce(
     if claim.minutes > MINUTES and not long:
         raise ConfigError(f"this claim takes up to {claim.minutes} minutes on two cores: `make claims` runs it, or --long")
     if (launch := launch_of(config)).stage is not None:
-        raise ConfigError(
-            f"launch={launch.name}: a claim runs each stage in one process, several of them at a time; leave it out"
-        )
+        raise ConfigError(f"launch={launch.name}: a claim runs each of its stages in one process; leave it out")
     chosen = whole_numbers(seeds) if seeds else claim.seeds
     name = f"paper-{slug}" if paper else slug
     root = Path("runs") / "reproduce" / name

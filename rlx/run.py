@@ -175,6 +175,7 @@ def run_stage(
         display.say(f"[{name}] done before{by}; skipped")
         finished: dict[str, float] = record["summary"]
         return finished
+    world.stage(name)
     if world.leads():
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     quiet()

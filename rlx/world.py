@@ -88,6 +88,7 @@ class Watch:
     folder: Path
     timeout: float
     step: str = ""
+    timed: bool = False
     phases: list[str] = field(default_factory=lambda: ["start"])
     stacks: IO[str] | None = None
 
@@ -97,7 +98,10 @@ class Watch:
             self.stacks = (self.folder / f"rank-{rank()}.stacks").open("w", encoding="utf-8")
         text = " in ".join([*self.phases[:0:-1], *([self.step] if self.step else [])]) or self.phases[0]
         (self.folder / f"rank-{rank()}.phase").write_text(text, encoding="utf-8")
-        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.stacks)
+        if self.timed:
+            faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.stacks)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def stop_asked(self) -> bool:
         """Whether the user wants the run to end."""
@@ -122,10 +126,17 @@ def phase(name: str) -> Iterator[None]:
         watch.begin()
 
 
+def stage(name: str) -> None:
+    """A stage begins. Until its first step its time is not limited: it may have to fetch a model."""
+    if watch is not None:
+        watch.step, watch.timed = f"the beginning of stage {name!r}", False
+        watch.begin()
+
+
 def step(name: str) -> None:
     """A step begins. Raises KeyboardInterrupt on rank 0 where the user wants the run to end: the weights are whole here."""
     if watch is not None:
-        watch.step = name
+        watch.step, watch.timed = name, True
         watch.begin()
         if leads() and watch.stop_asked():
             raise KeyboardInterrupt

@@ -24,8 +24,8 @@ model: {name: tiny, layers: 2, hidden: 32, heads: 2, kv_heads: 2, ffn: 64}
 task: {name: arithmetic, digits: 2}
 objective: rl/eval/accuracy
 stages:
-  sft: {kind: fit, data: "@task/demos", loss: [{name: nll}], steps: 5, rows_per_step: 5, lr: 1e-3, log_every: 1, token_budget: 64}
-  single: {kind: fit, policy: "@sft", data: "@task/demos", loss: [{name: nll}], steps: 5, rows_per_step: 1, lr: 1e-3, log_every: 1}
+  sft: {kind: fit, data: "@task/demos", loss: [nll], steps: 5, rows_per_step: 5, lr: 1e-3, log_every: 1, token_budget: 64}
+  single: {kind: fit, policy: "@sft", data: "@task/demos", loss: [nll], steps: 5, rows_per_step: 1, lr: 1e-3, log_every: 1}
   coupled:
     kind: fit
     policy: "@sft"
@@ -60,7 +60,7 @@ stages:
     advantage: [{name: gae}]
     updates:
       value: {train: critic, loss: [{name: clipped_value}], lr: 1e-3}
-      policy: {loss: [{name: clipped_surrogate}], minibatches: 2, epochs: 2, lr: 1e-3, optim: {name: adamw, schedule: cosine, clip: 0.3}}
+      policy: {loss: [clipped_surrogate], minibatches: 2, epochs: 2, lr: 1e-3, optim: {name: adamw, schedule: linear, clip: 1}}
     watch: [{name: entropy}]
     prompts_per_step: 3
     group_size: 4
@@ -130,9 +130,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "all.yaml").write_text(RECIPE)
     (path / "fit.yaml").write_text(FIT)
     (path / "own.py").write_text(OWN)
-    (path / "ds.json").write_text(
-        '{"zero_optimization": {"stage3_param_persistence_threshold": 0}, "zero_allow_untested_optimizer": "auto"}'
-    )
+    divide_all = {"stage3_param_persistence_threshold": 0}
+    (path / "ds.json").write_text(json.dumps({"zero_optimization": divide_all, "zero_allow_untested_optimizer": "auto"}))
     return path
 
 
@@ -219,7 +218,7 @@ def test_out_of_memory_starts_again_and_an_error_is_told_once(folder: Path) -> N
 
 
 def test_a_rank_that_is_killed_ends_the_run(folder: Path) -> None:
-    status, out, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:dies]", "run_dir=killed")
+    status, _, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:dies]", "run_dir=killed")
     assert status == 1
     said = "rank 1 has died (killed from outside, or out of memory) in an update in step 1 of stage 'fit'"
     assert err == f"rlx: {said}\n"
@@ -227,7 +226,7 @@ def test_a_rank_that_is_killed_ends_the_run(folder: Path) -> None:
 
 
 def test_a_rank_that_makes_no_progress_is_named_with_its_stacks(folder: Path) -> None:
-    status, out, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:stalls]", "launch.timeout=8", "run_dir=stalled")
+    status, _, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:stalls]", "launch.timeout=8", "run_dir=stalled")
     assert status == 1
     lines = err.splitlines()
     assert lines[0] == "rlx: rank 1 made no progress in an update in step 1 of stage 'fit' for launch.timeout seconds"
