@@ -57,11 +57,14 @@ class DeepSpeedLearner(TorchLearner):
         super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
         low = stage > 0 and bool(getattr(policy, "bf16", False))
         if low:
-            policy.module.bfloat16()
+            for weight in [*Whole(policy).parameters()]:
+                weight.data = weight.data.bfloat16()
+        whole = Whole(self.trained)
+        buffers = [buffer.clone() for buffer in whole.buffers()]
         self.stage, self.share = stage, share
         offloads = (settings.get("zero_optimization") or {}).get("offload_optimizer")
         self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=Whole(self.trained),
+            model=whole,
             optimizer=on_cpu(self.optimizer, optim.name) if offloads else self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
@@ -73,6 +76,9 @@ class DeepSpeedLearner(TorchLearner):
             },
             dist_init_required=False,
         )
+        # DeepSpeed rounds buffers to bfloat16 as well: the frequencies of rotary embeddings among them, which need float32.
+        for buffer, kept in zip(whole.buffers(), buffers, strict=True):
+            buffer.data = kept.to(buffer.device)
 
     def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
         self.engine.set_gradient_accumulation_boundary(last)

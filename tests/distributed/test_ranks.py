@@ -232,7 +232,7 @@ def test_a_rank_that_makes_no_progress_is_named_with_its_stacks(folder: Path) ->
     assert lines[0] == "rlx: rank 1 made no progress in an update in step 1 of stage 'fit' for launch.timeout seconds"
     assert lines[1].startswith("rank 0: ")
     assert lines[2] == "rank 1: an update in step 1 of stage 'fit'"
-    assert any(line.endswith('own.py", line 36 in stalls') for line in lines), err
+    assert any("own.py" in line and line.endswith(" in stalls") for line in lines), err
 
 
 def test_an_interrupt_saves_and_leaves_no_process(folder: Path) -> None:

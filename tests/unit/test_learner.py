@@ -12,7 +12,7 @@ from architectures import episode, ids, random_episodes
 from torch import Tensor
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update
+from rlx.learner import NonFinite, TorchLearner, Update, blocks, deal
 from rlx.losses import likelihood, policy, watch
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
@@ -309,3 +309,45 @@ def test_gap_shows_another_policy() -> None:
     assert metrics["gap/mean"] == pytest.approx(float(gap.mean()), rel=1e-4)
     assert metrics["gap/max"] == pytest.approx(float(gap.max()), rel=1e-4)
     assert metrics["gap/max"] > 0.01
+
+
+# --------------------------------------------------------------------------- several ranks, too little memory
+def test_sequences_are_dealt_evenly_and_groups_stay_whole() -> None:
+    made = model()
+    batch = made.collate(random_episodes(24))
+    for whole_groups in (False, True):
+        together = blocks(batch, whole_groups=whole_groups)
+        for ranks in (1, 2, 3, 40):
+            dealt = deal(batch, together, ranks)
+            assert len(dealt) == ranks
+            assert sorted(map(tuple, (b for part in dealt for b in part))) == sorted(map(tuple, together))
+            size = {tuple(b): sum(batch.inputs[i].length for i in b) for b in together}
+            load = [sum(size[tuple(b)] for b in part) for part in dealt]
+            assert max(load) - min(load) <= max(size.values())
+
+
+def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    def hungry(logp: Tensor, mask: Tensor, *, most: int) -> Tensor:
+        if len(mask) > most:
+            raise torch.OutOfMemoryError
+        return -logp
+
+    def step(most: int, budget: int, times: int = 1) -> tuple[list[dict[str, float]], Tensor]:
+        made = model()
+        term = Component("hungry", partial(hungry, most=most), ("logp", "mask"))
+        learner = TorchLearner(made, sgd(), lr=0.1, total=times)
+        update = Update([term], REDUCTIONS["token_mean"], token_budget=budget)
+        return [learner.step(batch_of(made, 6), update, (0,)) for _ in range(times)], weights(made)
+
+    width = max(x.length for x in batch_of(model(), 6).inputs)
+    plain, there = step(6, 2 * width, times=2)
+    budget = 6 * 2 * width  # all six rows; half of it are at least three
+    said = capsys.readouterr().out
+    halved, here = step(5, budget, times=2)
+    assert [m.pop("token_budget") for m in halved] == [budget / 2, budget / 2]
+    assert (said, capsys.readouterr().out) == ("", f"! out of memory: token_budget {budget} is halved, and the step repeated\n")
+    for a, b in zip(plain, halved, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert torch.allclose(here, there, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(0, budget)
