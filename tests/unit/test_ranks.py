@@ -55,7 +55,8 @@ def test_a_rank_that_stalled_comes_before_those_that_lost_it(tmp_path: Path) -> 
     for rank, phase in ((0, "waiting for the other ranks"), (1, "rollouts")):
         (tmp_path / f"rank-{rank}.phase").write_text(phase)
         (tmp_path / f"rank-{rank}.stacks").write_text("")
-    stack = 'Timeout (0:00:05)!\nThread 0x1:\n  File "rlx/worker.py", line 9 in end_with\n\nThread 0x2:\n  File "mine.py", line 1 in f\n'
+    own = 'Thread 0x2:\n  File "mine.py", line 1 in f'
+    stack = f'Timeout (0:00:05)!\nThread 0x1:\n  File "rlx/worker.py", line 9 in end_with\n\n{own}\n'
     (tmp_path / "rank-1.stacks").write_text(stack)
     os.utime(tmp_path / "rank-1.stacks", (10.0, 10.0))
     (tmp_path / "rank-1.pid").write_text("0")
@@ -63,7 +64,7 @@ def test_a_rank_that_stalled_comes_before_those_that_lost_it(tmp_path: Path) -> 
     assert str(trouble(tmp_path, 1, run_dir(tmp_path))) == (
         "rank 1 made no progress in rollouts for launch.timeout seconds\n"
         "rank 0: waiting for the other ranks\nrank 1: rollouts\n"
-        'Thread 0x2:\n  File "mine.py", line 1 in f'
+        f"{own}"
     )
 
 
