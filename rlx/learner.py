@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -178,7 +179,8 @@ class TorchLearner:
         half: list[Tensor] = []
         seen: dict[str, Tensor] = {}
         parts = halves(batch) if update.grad_variance else [batch]
-        cut = [(i, *own) for i, p in enumerate(parts) for own in own_units(p, update.token_budget, update.whole_groups)]
+        budget, whole = update.token_budget, update.whole_groups
+        cut = [(i, *own) for i, part in enumerate(parts) for own in own_units(part, budget, whole_groups=whole)]
         coupled = update.whole_batch and (len(cut) > 1 or world.size() > 1)
         slopes = self._slopes(batch, update, counts, metrics, wants) if coupled else None
         for n, (i, unit, share) in enumerate(cut):
@@ -196,8 +198,8 @@ class TorchLearner:
                 for name, x in found.items():
                     add(metrics, name, share * x)
                 for name in {name for *_, change in states(update) for name in arguments(change)} & out.keys():
-                    whole = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
-                    whole[unit["index"]] += share * out[name]
+                    filled = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
+                    filled[unit["index"]] += share * out[name]
         metrics = over_ranks(metrics)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
@@ -213,7 +215,7 @@ class TorchLearner:
         self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
-        recorded = {"token_budget": torch.tensor(float(update.token_budget))} if self.share < 1.0 else {}
+        recorded = {"token_budget": torch.tensor(float(budget))} if self.share < 1.0 else {}
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)} | recorded
 
     def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
@@ -374,52 +376,46 @@ def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Ite
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
-    return map(batch.take, cuts(batch, blocks(batch, whole_groups=whole_groups), token_budget))
+    return map(batch.take, parts_of(batch, token_budget, whole_groups=whole_groups))
 
 
-def own_units(batch: Batch, token_budget: int, whole_groups: bool = False) -> list[tuple[Batch, float]]:
-    """The units of this rank, each with the share 1.
+def parts_of(batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+    """The sequences of each unit."""
+    lengths = [x.length for x in batch.inputs]
+    prompts = [x.prompt for x in batch.inputs]
+    found: list[list[int]] = []
+    prompt = answer = 0
+    for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
+        wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
+        if not found or (max(prompt, wide) + max(answer, long)) * (len(found[-1]) + len(block)) > token_budget:
+            found.append([])
+            prompt = answer = 0
+        found[-1] += block
+        prompt, answer = max(prompt, wide), max(answer, long)
+    return found
+
+
+def own_units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> list[tuple[Batch, float]]:
+    """The units of this rank, each with the share 1. In several ranks they are so small that each rank gets some.
 
     Every rank has as many, because each is a collective where weights are divided: a rank that has fewer goes through the
     shortest unit once more, with the share 0.
     """
-    dealt = deal(batch, blocks(batch, whole_groups=whole_groups), world.size())
-    every = [list(cuts(batch, part, token_budget)) for part in dealt]
-    own = [(batch.take(part), 1.0) for part in every[world.rank()]]
-    idle = max(map(len, every)) - len(own)
-    shortest = min((part for parts in every for part in parts), key=lambda part: sum(batch.inputs[i].length for i in part))
-    return own + [(batch.take(shortest), 0.0)] * idle
+    size = [x.length for x in batch.inputs]
+    most = token_budget if world.size() == 1 else min(token_budget, math.ceil(sum(size) / world.size()))
+    parts = parts_of(batch, most, whole_groups=whole_groups)
+    every = dealt([sum(size[i] for i in part) for part in parts], world.size())
+    own = [(batch.take(parts[i]), 1.0) for i in every[world.rank()]]
+    shortest = min(parts, key=lambda part: sum(size[i] for i in part))
+    return own + [(batch.take(shortest), 0.0) for _ in range(max(map(len, every)) - len(own))]
 
 
-def deal(batch: Batch, together: list[list[int]], ranks: int) -> list[list[list[int]]]:
-    """The blocks of each rank: the longest first, to the one that has the fewest tokens."""
-    if ranks == 1:
-        return [together]
-    size = {id(block): sum(batch.inputs[i].length for i in block) for block in together}
-    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for block in sorted(together, key=lambda b: (-size[id(b)], b[0])):
-        least = load.index(min(load))
-        dealt[least].append(block)
-        load[least] += size[id(block)]
-    return dealt
-
-
-def cuts(batch: Batch, together: list[list[int]], token_budget: int) -> Iterator[list[int]]:
-    """The sequences of each unit that some blocks make (see `units`)."""
-    lengths = [x.length for x in batch.inputs]
-    prompts = [x.prompt for x in batch.inputs]
-    part: list[int] = []
-    prompt = answer = 0
-    for block in sorted(together, key=lambda b: (max(lengths[i] for i in b), b[0])):
-        wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
-        if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
-            yield part
-            part, prompt, answer = [], 0, 0
-        part = part + block
-        prompt, answer = max(prompt, wide), max(answer, long)
-    if part:
-        yield part
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of some things of these sizes each rank gets: the largest first, to the rank that has least; in order."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        min(found, key=lambda own: sum(sizes[j] for j in own)).append(i)
+    return [sorted(own) for own in found]
 
 
 def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from architectures import episode, ids, random_episodes
 from torch import Tensor
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, blocks, deal
+from rlx.learner import NonFinite, TorchLearner, Update, dealt
 from rlx.losses import likelihood, policy, watch
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
@@ -312,18 +312,16 @@ def test_gap_shows_another_policy() -> None:
 
 
 # --------------------------------------------------------------------------- several ranks, too little memory
-def test_sequences_are_dealt_evenly_and_groups_stay_whole() -> None:
-    made = model()
-    batch = made.collate(random_episodes(24))
-    for whole_groups in (False, True):
-        together = blocks(batch, whole_groups=whole_groups)
-        for ranks in (1, 2, 3, 40):
-            dealt = deal(batch, together, ranks)
-            assert len(dealt) == ranks
-            assert sorted(map(tuple, (b for part in dealt for b in part))) == sorted(map(tuple, together))
-            size = {tuple(b): sum(batch.inputs[i].length for i in b) for b in together}
-            load = [sum(size[tuple(b)] for b in part) for part in dealt]
-            assert max(load) - min(load) <= max(size.values())
+def test_units_are_dealt_evenly() -> None:
+    sizes = [7, 1, 9, 3, 3, 5]
+    assert dealt(sizes, 1) == [[0, 1, 2, 3, 4, 5]]
+    assert dealt(sizes, 2) == [[2, 3, 4], [0, 1, 5]]
+    assert dealt([4], 3) == [[0], [], []]
+    for ranks in (2, 3, 5):
+        found = dealt(sizes, ranks)
+        assert sorted(i for own in found for i in own) == list(range(6))
+        load = [sum(sizes[i] for i in own) for own in found]
+        assert max(load) - min(load) <= max(sizes)
 
 
 def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
