@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -54,11 +55,12 @@ class DeepSpeedLearner(TorchLearner):
         share: float = 1.0,
     ) -> None:
         deepspeed = imported()
-        super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
+        gc.collect()  # the engines of the stage before hold themselves in cycles
         low = stage > 0 and bool(getattr(policy, "bf16", False))
         if low:
-            for weight in [*Whole(policy).parameters()]:
+            for weight in Whole(policy).parameters():
                 weight.data = weight.data.bfloat16()
+        super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
         whole = Whole(self.trained)
         buffers = [buffer.clone() for buffer in whole.buffers()]
         self.stage, self.share = stage, share

@@ -174,8 +174,8 @@ class Context(Sources):
         self.log.begin(total)
         shares = [(max(1, round(total * float(share.removesuffix("%")) / 100)), share) for share in at]
         for step in range(1, total + 1):
-            self.step = step
             world.step(f"step {step} of stage {self.name!r}")
+            self.step = step
             yield step
             for share in (name for when, name in shares if when == step):
                 self.checkpoint(checkpoint_name(share))
