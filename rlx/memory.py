@@ -72,13 +72,13 @@ def divided_states(model: Sizes, reference: Sizes | None, stage: int, ranks: int
     """The same on each of several ranks, under a stage of ZeRO.
 
     Whole weights on every rank: it samples with them. With bfloat16 they have 2 bytes each (from stage 1 on), and the
-    optimiser's copy 4. Divided among ranks: from stage 1 the optimiser's 12 bytes (its weights and two moments), from
-    stage 2 the gradient's 4, from stage 3 the weights that are trained.
+    optimiser's copy 4. Divided among ranks: from stage 1 the optimiser's 12 bytes (its weights and two moments; 8 in stage
+    0), from stage 2 the gradient's 4; in stage 3 a second copy of the weights, which is trained.
     """
-    each = 2 if model.bf16 and stage > 0 else 4
-    parts = [(each * model.weights, stage == 3), (4 * model.trained, stage >= 2), (12 * model.trained, stage >= 1)]
-    shared = sum(math.ceil(size / ranks) if divided else size for size, divided in parts)
-    return shared + rollout_copy(model, stage) * (stage == 3) + (4 * reference.weights if reference else 0)
+    optimiser = (12 if stage else 8) * model.trained
+    parts = [(rollout_copy(model, stage) * (stage == 3), 3), (4 * model.trained, 2), (optimiser, 1)]
+    shared = sum(math.ceil(size / ranks) if stage >= divided else size for size, divided in parts)
+    return shared + rollout_copy(model, stage) + (4 * reference.weights if reference else 0)
 
 
 def rollout_copy(model: Sizes, stage: int) -> int:
@@ -87,13 +87,13 @@ def rollout_copy(model: Sizes, stage: int) -> int:
 
 
 def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> list[str]:
-    """What stays on each rank, in words. Raises ConfigError where the weights to sample with exceed a GPU."""
+    """What stays on each rank, in words. Raises ConfigError where the whole weights exceed a GPU: they are read in float32."""
     copy, stays = rollout_copy(model, stage), divided_states(model, reference, stage, ranks)
     room = min((torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())), default=None)
-    if room is not None and copy > room:
+    if room is not None and 4 * model.weights > room:
         raise ConfigError(
-            f"launch: each rank samples with whole weights, {gigabytes(copy)}, and a GPU has {gigabytes(room)}; "
-            "use model.dtype=bf16 or a smaller model, or sample with vLLM, which divides them"
+            f"launch: each rank samples with whole weights, {gigabytes(4 * model.weights)} when they are read, and a GPU has "
+            f"{gigabytes(room)}; take a smaller model, or sample with vLLM, which divides them"
         )
     return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with"]
 
