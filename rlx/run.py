@@ -343,4 +343,5 @@ def hardware() -> str:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     threads = torch.get_num_threads()
     on = [platform.machine(), f"{os.cpu_count()} cores", f"{threads} torch thread{'s' if threads > 1 else ''}"]
-    return ", ".join([*on, *devices])
+    ranks = [f"{world.size()} ranks"] if world.size() > 1 else []
+    return ", ".join([*on, *devices, *ranks])

@@ -131,7 +131,7 @@ def follow(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], trained
     for name, spec in specs.items():
         if spec.ema == trained and name in models:
             for target, source in zip(weights(models[name]), weights(models[trained]), strict=True):
-                target.lerp_(source, 1 - spec.decay)
+                target.lerp_(source.to(target.dtype), 1 - spec.decay)  # under ZeRO, bf16 weights are kept in bfloat16
 
 
 @torch.no_grad()

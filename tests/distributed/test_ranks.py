@@ -186,6 +186,7 @@ def test_metrics_and_weights_are_those_of_one_process(folder: Path, one: Path) -
         run = folder / "sweep" / job
         assert files(run) == files(one)
         assert info(run)["status"] == "finished"
+        assert info(run)["hardware"].endswith(", 2 ranks")
         for stage, lines in rows(run).items():
             assert len(lines) == len(alone[stage])
             for line, expected in zip(lines, alone[stage], strict=True):
