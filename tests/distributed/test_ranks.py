@@ -38,6 +38,8 @@ stages:
     token_budget: 64
   pairs: {kind: collect, policy: "@sft", data: "@task/train", reward: [{name: length}], rows: pairs, group_size: 4, limit: 8,
           margin: -1, max_new_tokens: 6}
+  together: {kind: collect, policy: "@sft", data: "@task/train", sampler: {name: "./own.py:regrouped"}, reward: [length],
+             rows: best, group_size: 2, limit: 4, max_new_tokens: 6}
   dpo:
     kind: fit
     policy: "@sft"
@@ -74,6 +76,8 @@ stages:
 OWN = """\
 import os, signal, time, torch
 from rlx.learner import stateful, whole_batch
+from rlx.rollout.samplers import plain
+from rlx.types import Episode
 
 SECOND = os.environ.get("RANK") == "1"
 
@@ -83,6 +87,13 @@ SECOND = os.environ.get("RANK") == "1"
 def spread(logp, mask, level):
     x = torch.where(mask, logp, 0.0).sum(1)
     return (x - x.mean()).square().mean() + (x.mean() - level).square()
+
+
+def regrouped(play, rows, n):
+    return plain(play, [Episode(row.task, 100 + i) for i, row in enumerate(rows)], n)
+
+
+regrouped.together = True
 
 
 def hungry(logp, mask):
@@ -181,7 +192,7 @@ def test_metrics_and_weights_are_those_of_one_process(folder: Path, one: Path) -
     assert (status, "rlx:" in err) == (0, False), err
     assert out.count("[sft] 5 optimiser steps of 5 rows") == 2  # one rank speaks
     alone = rows(one)
-    assert len(alone) == 7
+    assert len(alone) == 8
     for job in ("0", "1"):
         run = folder / "sweep" / job
         assert files(run) == files(one)
