@@ -140,9 +140,10 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 def note_the_dead(folder: Path) -> None:
     """Write an error for each rank of this machine that has died without a word: its neighbours only know that it is gone."""
     for path in folder.glob("rank-*.pid"):
-        state, error = Path("/proc") / path.read_text() / "stat", path.with_suffix(".error")
+        pid, _, host = path.read_text(encoding="utf-8").partition(" ")
+        state, error = Path("/proc", pid, "stat"), path.with_suffix(".error")
         alive = state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
-        if not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
+        if host == socket.gethostname() and not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
             number = path.stem.removeprefix("rank-")
             text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
             record = {"time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}

@@ -18,7 +18,7 @@ def main() -> None:
     """Train; end with 0, with 130 where the user ended it, or with an error in rank-N.error."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    (folder / f"rank-{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
+    (folder / f"rank-{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}", encoding="utf-8")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started the ranks tells them
     if rank:
         speak_into(folder / f"rank-{rank}.log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_a_rank_that_died_without_a_word_is_named_with_its_phase_and_last_words(
     gone.wait()
     error(tmp_path, 0, 20.0, "connection closed by peer")
     for rank, pid in ((0, os.getpid()), (1, gone.pid)):
-        (tmp_path / f"rank-{rank}.pid").write_text(str(pid))
+        (tmp_path / f"rank-{rank}.pid").write_text(f"{pid} {socket.gethostname()}")
         (tmp_path / f"rank-{rank}.phase").write_text("rollouts in step 3 of stage 'rl'")
     (tmp_path / "rank-1.log").write_text("Bus error\n")
     told = "rank 1 has died (killed from outside, or out of memory) in rollouts in step 3 of stage 'rl'\nBus error"
@@ -59,7 +60,7 @@ def test_a_rank_that_stalled_comes_before_those_that_lost_it(tmp_path: Path) -> 
     stack = f'Timeout (0:00:05)!\nThread 0x1:\n  File "rlx/worker.py", line 9 in end_with\n\n{own}\n'
     (tmp_path / "rank-1.stacks").write_text(stack)
     os.utime(tmp_path / "rank-1.stacks", (10.0, 10.0))
-    (tmp_path / "rank-1.pid").write_text("0")
+    (tmp_path / "rank-1.pid").write_text(f"0 {socket.gethostname()}")
     error(tmp_path, 0, 20.0, "connection closed by peer")
     assert str(trouble(tmp_path, 1, run_dir(tmp_path))) == (
         "rank 1 made no progress in rollouts for launch.timeout seconds\n"
