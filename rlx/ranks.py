@@ -180,7 +180,7 @@ def stall(folder: Path, path: Path) -> dict[str, Any]:
 def stacks(path: Path) -> str:
     """What faulthandler wrote when a rank's time was over, without the thread that looks after the parent; empty before."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return "\n\n".join(part for part in text.strip().split("\n\n") if " in end_with\n" not in part)
+    return "\n\n".join(part for part in text.strip().split("\n\n") if " in end_with" not in part)
 
 
 def phase_of(folder: Path, number: str) -> str:
