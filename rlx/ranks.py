@@ -40,6 +40,7 @@ def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> Non
         attempt(launch, gpus, {**job, "share": 1.0}, run_dir)
     except OutOfMemory as error:
         print(f"! {error}\n! starts again with half of each stage's token_budget", flush=True)
+        (run_dir / "error.txt").unlink(missing_ok=True)
         attempt(launch, gpus, {**job, "share": 0.5}, run_dir)
 
 
