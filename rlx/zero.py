@@ -55,6 +55,11 @@ class DeepSpeedLearner(TorchLearner):
         share: float = 1.0,
     ) -> None:
         deepspeed = imported()
+        if policy.device.type != (there := deepspeed.get_accelerator().device_name()):
+            raise ConfigError(
+                f"model.device: the model is on {policy.device.type} and DeepSpeed on {there}; give model.device={there}, "
+                "or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+            )
         gc.collect()  # the engines of the stage before hold themselves in cycles
         low = stage > 0 and bool(getattr(policy, "bf16", False))
         if low:
@@ -72,6 +77,7 @@ class DeepSpeedLearner(TorchLearner):
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "steps_per_print": 10**9,
+                "zero_allow_untested_optimizer": True,
                 "gradient_clipping": float(self.settings["clip"] or 0.0) if stage else 0.0,
                 **(BF16 if low else {}),
                 **settings,
