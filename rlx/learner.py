@@ -311,7 +311,7 @@ def diagnose(
     """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's."""
     for watch in update.watch:
         x, by = watch.call(*(fields[name] for name in watch.reads)), mask_of(watch)
-        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by]))
+        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by], groups_of(watch, fields)))
     if check_gap:
         mask, tokens = fields["mask"], counts["mask"].tokens
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
@@ -335,18 +335,26 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
             f"loss {term.name!r} is one number for each {what}, averaged over {what}s; "
             f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
         )
-    return averaged(x, mask, (term.reduce or reduce).call, counts)
+    return averaged(x, mask, (term.reduce or reduce).call, counts, groups_of(term, fields))
 
 
-def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts) -> Tensor:
-    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is."""
+def groups_of(component: Component[Any], fields: Mapping[str, Tensor]) -> int:
+    """How many groups there are, for a component that compares the sequences of a group; 0 for any other."""
+    return len(set(fields["group"].tolist())) if "group" in component.reads else 0
+
+
+def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts, groups: int) -> Tensor:
+    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is.
+
+    A part of a batch may have as many groups as sequences: what reads `group` and gives `groups` numbers is of groups.
+    """
     if x.dim() == 2:
         return reduce(x, mask, counts)
     if x.dim() == 0:
         return x
-    if len(x) == len(mask):
-        return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
-    return x.sum() / counts.groups
+    if len(x) == groups or len(x) != len(mask):
+        return x.sum() / counts.groups
+    return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
 
 
 def halves(batch: Batch) -> list[Batch]:

@@ -1,0 +1,102 @@
+"""Train small networks on given batches; a rank of several where RANK says so. Writes the metrics to the file that is named.
+
+`python learn.py FILE` uses the learner of one process, `python learn.py FILE 2 3` DeepSpeed's under these stages of ZeRO.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlx import reduce, world
+from rlx.learner import MakeLearner, TorchLearner, Update, computed, stateful, whole_batch
+from rlx.models.nets import mlp
+from rlx.optim import adamw
+from rlx.tensors import inside
+from rlx.types import Component, Episode, Message, Status, Task, Turn
+
+DRAW = np.random.default_rng(0)
+# Groups of unequal size and length; in the second batch one sequence alone, so that a rank has nothing.
+BATCHES = [[[3, 7, 2], [9, 1], [4, 4, 4, 12], [5]], [[6]], [[2, 2], [8, 3]]]
+
+
+def episode(group: int, number: int, length: int) -> Episode:
+    token = {"seen": DRAW.normal(size=(length, 4)).astype(np.float32)}
+    if (group, number) == (2, 1):
+        token["trained"] = np.zeros(length, bool)  # fully masked
+    logp = DRAW.normal(size=length).astype(np.float32) - 1
+    turn = Turn(np.zeros(0, np.int64), DRAW.integers(0, 3, length), logp, token=token)
+    return Episode(Task((Message("user", "?"),)), group, [turn], Status.FINISHED, reward=number % 2, label=number % 2 * 2.0 - 1)
+
+
+def group_spread(logp: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    x = inside(logp, mask).sum(1)
+    return torch.stack([x[group == g].square().mean() for g in group.unique()])
+
+
+@whole_batch
+@stateful("level", 0.0, lambda level, logp, mask: 0.5 * level + 0.5 * logp[mask].mean())
+def batch_spread(logp: Tensor, mask: Tensor, level: Tensor) -> Tensor:
+    x = inside(logp, mask).sum(1)
+    return (x - x.mean()).square().mean() + (x.mean() - level).square()
+
+
+NLL = Component("nll", lambda logp, mask: -logp, ("logp", "mask"))
+VALUE = Component("value", lambda value, ret, mask: (value - ret[:, None]).square(), ("value", "ret", "mask"))
+GROUPS = Component("groups", group_spread, ("logp", "mask", "group"))
+COUPLED = Component("coupled", batch_spread, ("logp", "mask", "level"))
+ENTROPY = Component("entropy", lambda entropy, mask: entropy, ("entropy", "mask"))
+MEAN, SEQUENCES = (Component[Any]("r", f) for f in (reduce.token_mean, reduce.seq_mean))
+UPDATES = [
+    Update([NLL, VALUE], SEQUENCES, [ENTROPY], epochs=2, minibatches=2, token_budget=12, sampled=True),
+    Update([NLL], MEAN, token_budget=1000),
+    Update([GROUPS], MEAN, token_budget=20),
+    Update([COUPLED], MEAN, token_budget=16),
+]
+
+
+def learned(make: MakeLearner) -> list[dict[str, float]]:
+    """The metrics of each step, and the weights and a forward after them."""
+    global DRAW
+    DRAW = np.random.default_rng(0)
+    batches = [[episode(g, i, n) for g, ns in enumerate(sizes) for i, n in enumerate(ns)] for sizes in BATCHES]
+    found: list[dict[str, float]] = []
+    for update in UPDATES:
+        policy = mlp(inputs=4, actions=3, sizes=[8], seed=1)
+        learner = make(policy, Component("adamw", adamw, settings={"clip": 0.5, "schedule": "linear"}), lr=1e-3, total=40)
+        for step in range(6):
+            found.append(learner.step(policy.collate(batches[step % len(batches)]), update, (step,)))
+        logp = computed(policy, policy.collate(batches[0]), {"logp"}, 16)["logp"]
+        sums = {name: float(weight.detach().double().sum()) for name, weight in policy.module.named_parameters()}
+        found.append({**sums, "logp": float(logp.sum()), "steps": learner.steps, "tokens": learner.tokens})
+    return found
+
+
+def divided(stage: int) -> list[dict[str, float]]:
+    """The same under a stage of ZeRO, with every weight divided."""
+    from rlx.zero import learner_of
+
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return learned(learner_of(stage, {"zero_optimization": zero}, 1.0))
+
+
+def main(file: Path, stages: list[str]) -> None:
+    torch.set_num_threads(1)
+    if stages:
+        torch.distributed.init_process_group("gloo")
+    found = {stage: divided(int(stage)) for stage in stages} if stages else learned(TorchLearner)
+    if world.leads():
+        file.write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
