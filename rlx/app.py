@@ -41,9 +41,9 @@ def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: 
     composed = compose(arguments, extra)
     for line in composed.notices:
         print(f"note: {line}")
-    given = composed.config.pop("run_dir", None)
+    given = composed.config.get("run_dir")
     launch = launch_of(composed.config)
-    run_dir = Path(given) if given else default_run_dir(composed.config["recipe"])
+    run_dir = Path(str(given)) if given else default_run_dir(composed.config["recipe"])
     if idle := idle_gpus(launch):
         print(f"note: {idle}")
     start = train_here if launch.stage is None else functools.partial(train_there, launch)
@@ -66,6 +66,7 @@ def train_here(composed: Composed, run_dir: Path, trust: list[str], sweep: str) 
 
     from rlx.run import run
 
+    made.config.pop("run_dir", None)
     print(f"run directory: {run_dir}", flush=True)
     run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
 

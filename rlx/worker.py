@@ -49,6 +49,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
     made = plan(job["config"], trusted=job["trust"], swapped=job["swapped"], given=job["given"])
     for line in made.notices:
         print(f"note: {line}")
+    made.config.pop("run_dir", None)
     run(made, Path(job["run_dir"]), command=job["command"], overrides=job["overrides"], sweep=job["sweep"], share=job["share"])
     world.barrier()
 
