@@ -23,6 +23,9 @@ from typing import Any
 from rlx.launch import Launch, chosen_gpus, visible_gpus
 from rlx.types import ConfigError, Failed
 
+# What an error says of how it all began: a rank's own, a rank that is gone without a word (killed, maybe because another
+# had failed), and one that only knows that another is gone.
+OWN, GONE, LOST = 0, 1, 2
 PATIENCE = 5.0  # seconds that the other ranks have to end by themselves
 
 
@@ -147,7 +150,7 @@ def note_the_dead(folder: Path) -> None:
         if host == socket.gethostname() and not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
             number = path.stem.removeprefix("rank-")
             text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
-            record = {"time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
+            record = {"kind": GONE, "time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}
             error.write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -156,8 +159,8 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     note_the_dead(folder)
     errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
     errors += [stall(folder, path) for path in folder.glob("rank-*.stacks") if stacks(path)]
-    last = {"time": 0.0, "status": 1, "message": f"the ranks ended with status {status}" + tail(folder, "0"), "traceback": ""}
-    error = min(errors or [last], key=lambda e: float(e["time"]))
+    last = {"status": 1, "message": f"the ranks ended with status {status}" + tail(folder, "0"), "traceback": ""}
+    error = min(errors, key=lambda e: (int(e["kind"]), float(e["time"])), default=last)
     path = run_dir / "run.json"
     if path.is_file():
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +178,7 @@ def stall(folder: Path, path: Path) -> dict[str, Any]:
     names = sorted(p.stem.removeprefix("rank-") for p in folder.glob("rank-*.phase"))
     phases = "".join(f"\nrank {name}: {phase_of(folder, name)}" for name in names)
     said = f"rank {number} made no progress in {phase_of(folder, number)} for launch.timeout seconds{phases}"
-    return {"time": path.stat().st_mtime, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}
+    return {"kind": OWN, "time": path.stat().st_mtime, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}
 
 
 def stacks(path: Path) -> str:

@@ -57,15 +57,24 @@ def train(job: dict[str, Any], folder: Path) -> None:
 def report(error: BaseException, path: Path) -> int:
     """Write what went wrong; the exit status of it. The message of an error of rlx's own is all there is to say."""
     import torch
+    from torch.distributed import DistError
 
+    from rlx.ranks import LOST, OWN
     from rlx.types import ConfigError, Failed
 
     status = 2 if isinstance(error, ConfigError) else error.status if isinstance(error, Failed) else 1
     known = isinstance(error, ConfigError | Failed)
     lines = traceback.format_exception(error)
     message = str(error) if known else "".join(lines)
-    memory = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
-    record = {"time": time.time(), "status": status, "message": message, "traceback": "".join(lines), "memory": memory}
+    causes = (error, error.__cause__)
+    record = {
+        "kind": LOST if any(isinstance(e, DistError) or "by peer" in str(e) for e in causes) else OWN,
+        "time": time.time(),
+        "status": status,
+        "message": message,
+        "traceback": "".join(lines),
+        "memory": any(isinstance(e, torch.OutOfMemoryError) for e in causes),
+    }
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record), encoding="utf-8")
     beside.rename(path)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rlx.ranks import OutOfMemory, trouble
+from rlx.ranks import LOST, OWN, OutOfMemory, trouble
 from rlx.stages.spread import packed, spread, unpacked
 from rlx.types import ConfigError, Episode, Image, Message, Status, Task, Turn
 
 
 def error(folder: Path, rank: int, time: float, message: str, status: int = 1, *, memory: bool = False) -> None:
-    record = {"time": time, "status": status, "message": message, "traceback": f"at {message}", "memory": memory}
+    kind = LOST if "by peer" in message else OWN
+    record = {"kind": kind, "time": time, "status": status, "message": message, "traceback": f"at {message}", "memory": memory}
     (folder / f"rank-{rank}.error").write_text(json.dumps(record))
 
 
@@ -36,6 +37,8 @@ def test_the_first_error_is_told(tmp_path: Path) -> None:
     assert (type(told), str(told)) == (ConfigError, "a mistake")
     assert json.loads((run / "run.json").read_text()) == {"status": "failed", "error": "a mistake"}
     assert (run / "error.txt").read_text() == "at a mistake"
+    (tmp_path / "rank-2.pid").write_text(f"0 {socket.gethostname()}")  # the launcher has ended it after the mistake
+    assert str(trouble(tmp_path, 1, run)) == "a mistake"
     error(tmp_path, 1, 10.0, "too little memory", memory=True)
     assert isinstance(trouble(tmp_path, 1, run), OutOfMemory)
 
