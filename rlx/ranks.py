@@ -159,7 +159,11 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     note_the_dead(folder)
     errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
     errors += [stall(folder, path) for path in folder.glob("rank-*.stacks") if stacks(path)]
-    last = {"status": 1, "message": f"the ranks ended with status {status}" + tail(folder, "0"), "traceback": ""}
+    last: dict[str, Any] = {
+        "status": 1,
+        "message": f"the ranks ended with status {status}" + tail(folder, "0"),
+        "traceback": "",
+    }
     error = min(errors, key=lambda e: (int(e["kind"]), float(e["time"])), default=last)
     path = run_dir / "run.json"
     if path.is_file():
