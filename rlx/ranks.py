@@ -158,7 +158,7 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     """What went wrong first, as the error to raise; it is in run.json as well."""
     note_the_dead(folder)
     errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
-    errors += [stall(folder, path) for path in folder.glob("rank-*.stacks") if stacks(path)]
+    errors += stall(folder)
     last: dict[str, Any] = {
         "status": 1,
         "message": f"the ranks ended with status {status}" + tail(folder, "0"),
@@ -176,17 +176,25 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     return (OutOfMemory if error.get("memory") else Failed)(error["message"], error["status"])
 
 
-def stall(folder: Path, path: Path) -> dict[str, Any]:
-    """The error of a rank that made no progress: what each rank was doing, and where this one was."""
+def stall(folder: Path) -> list[dict[str, Any]]:
+    """The error of ranks that made no progress, if there are such: what each rank was doing, and where the culprit was.
+
+    The others wait for it in a collective; where all do, it is the one whose time was over first.
+    """
+    found = [path for path in folder.glob("rank-*.stacks") if stacks(path)]
+    if not any(path.read_text(encoding="utf-8").startswith("Timeout") for path in found):
+        return []  # the launcher has ended them
+    path = min(found, key=lambda path: ("torch/distributed" in stacks(path), path.stat().st_mtime))
     number = path.stem.removeprefix("rank-")
     names = sorted(p.stem.removeprefix("rank-") for p in folder.glob("rank-*.phase"))
     phases = "".join(f"\nrank {name}: {phase_of(folder, name)}" for name in names)
     said = f"rank {number} made no progress in {phase_of(folder, number)} for launch.timeout seconds{phases}"
-    return {"kind": OWN, "time": path.stat().st_mtime, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}
+    began = min(path.stat().st_mtime for path in found)
+    return [{"kind": OWN, "time": began, "status": 1, "message": f"{said}\n{stacks(path)}", "traceback": ""}]
 
 
 def stacks(path: Path) -> str:
-    """What faulthandler wrote when a rank's time was over, without the thread that looks after the parent; empty before."""
+    """What faulthandler wrote when a rank was ended, without the thread that looks after the parent; empty before."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return "\n\n".join(part for part in text.strip().split("\n\n") if " in end_with" not in part)
 

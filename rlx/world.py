@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,9 @@ class Watch:
     def begin(self) -> None:
         """Begin the time of the innermost phase."""
         if self.stacks is None:
+            # The watch of another rank may fire first: the launcher then ends this one, which shows where it was as well.
             self.stacks = (self.folder / f"rank-{rank()}.stacks").open("w", encoding="utf-8")
+            faulthandler.register(signal.SIGTERM, file=self.stacks, chain=True)
         text = " in ".join([*self.phases[:0:-1], *([self.step] if self.step else [])]) or self.phases[0]
         (self.folder / f"rank-{rank()}.phase").write_text(text, encoding="utf-8")
         if self.timed:

@@ -65,11 +65,22 @@ def test_a_rank_that_stalled_comes_before_those_that_lost_it(tmp_path: Path) -> 
     os.utime(tmp_path / "rank-1.stacks", (10.0, 10.0))
     (tmp_path / "rank-1.pid").write_text(f"0 {socket.gethostname()}")
     error(tmp_path, 0, 20.0, "connection closed by peer")
+    # Rank 0, whose time was over first, waits in a collective for rank 1, which the launcher has ended.
+    waits = 'Thread 0x1:\n  File "torch/distributed/distributed_c10d.py", line 1 in all_reduce\n'
+    (tmp_path / "rank-0.stacks").write_text(waits)
+    os.utime(tmp_path / "rank-0.stacks", (9.0, 9.0))
     assert str(trouble(tmp_path, 1, run_dir(tmp_path))) == (
         "rank 1 made no progress in rollouts for launch.timeout seconds\n"
         "rank 0: waiting for the other ranks\nrank 1: rollouts\n"
         f"{own}"
     )
+
+
+def test_stacks_of_ranks_that_the_launcher_ended_are_no_stall(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.stacks").write_text('Thread 0x1:\n  File "torch/distributed/x.py", line 1 in all_reduce\n')
+    (tmp_path / "rank-0.pid").write_text(f"0 {socket.gethostname()}")
+    error(tmp_path, 1, 20.0, "a mistake", status=2)
+    assert str(trouble(tmp_path, 1, run_dir(tmp_path))) == "a mistake"
 
 
 def test_episodes_are_sent_without_the_tasks_that_every_rank_has() -> None:
