@@ -8,16 +8,20 @@ import functools
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlx.build import Binder
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
 from rlx.plan import Plan, bind_objective, plan
 from rlx.report.read import JOBS, job_run
+from rlx.stopping import stoppable
 from rlx.types import ConfigError
 
 SWEEP = "sweep.json"
@@ -36,25 +40,51 @@ def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: 
     """Run a recipe, then print where the run is and its final table. `sweep` names the sweep that this is a job of."""
     composed, made = planned(arguments, extra, trust)
 
-    from rlx.report.read import load_run
-    from rlx.report.tables import final_table
-    from rlx.run import Failed, default_run_dir, run
+    from rlx.run import default_run_dir
 
     given = made.config.pop("run_dir", None)
     run_dir = Path(given) if given else default_run_dir(made.config["recipe"])
+    carry_out(made, run_dir, trust, command=sys.argv, overrides=composed.overrides, sweep=sweep)
+
+
+def resume(run_dir: Path, trust: list[str]) -> None:
+    """Go on with a run by the config in its directory."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        there = "holds a sweep: start that again with its `rlx train -m` and run_dir" if (run_dir / SWEEP).is_file() else ""
+        raise ConfigError(f"{run_dir}: {there or 'holds no run (no config.yaml); expected the directory of one'}")
+    made = plan(yaml.safe_load(saved.read_text(encoding="utf-8")), trusted=trust)
+    carry_out(made, run_dir, trust, resume=True)
+
+
+def carry_out(made: Plan, run_dir: Path, trust: list[str], **how: Any) -> None:
+    """Run a plan in its directory, alone; then print its final table. Raises Failed, with 128 + the signal that stopped it."""
+    from rlx.report.read import load_run
+    from rlx.report.tables import final_table
+    from rlx.run import Failed, alone, run
+
     print(f"run directory: {run_dir}", flush=True)
+    with writable(run_dir):
+        pass
     try:
-        run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
-    except KeyboardInterrupt:
-        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, run_dir)}", 130) from None
+        with alone(run_dir, "run"):
+            run(made, run_dir, **how)
+    except KeyboardInterrupt as end:
+        words = shlex.join(["rlx", "resume", *options(None, trust), str(run_dir)])
+        raise Failed(f"interrupted; go on with: {words}", status_of(end)) from None
     print("\n" + final_table(load_run(run_dir)))
     print(f"\nrun directory: {run_dir}\nlook at it:    rlx report {run_dir}")
 
 
-def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path, *flags: str) -> str:
-    """The command that takes up a run or a sweep in its directory."""
+def status_of(end: KeyboardInterrupt) -> int:
+    """A shell's exit status for the signal that interrupted: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + int(end.args[0] if end.args else signal.SIGINT)
+
+
+def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path) -> str:
+    """The command that takes up a sweep in its directory."""
     kept = [a for a in arguments if not a.startswith("run_dir=")]
-    return shlex.join(["rlx", "train", *flags, *options(extra, trust), *kept, f"run_dir={folder}"])
+    return shlex.join(["rlx", "train", "-m", *options(extra, trust), *kept, f"run_dir={folder}"])
 
 
 def options(extra: Path | None, trust: list[str]) -> list[str]:
@@ -68,7 +98,7 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     Raises Failed where a job failed, ConfigError where the directory holds another sweep's jobs.
     """
     from rlx.report.tables import sweep_table
-    from rlx.run import Failed, stoppable
+    from rlx.run import Failed
 
     known = recipes(extra)
     folder = [a.partition("=")[2] for a in arguments if a.startswith("run_dir=")]
@@ -83,8 +113,8 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     try:
         with stoppable():
             hydra_multirun([*texts, f'hydra.sweep.dir="{root}"'], job)
-    except KeyboardInterrupt:
-        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root, '-m')}", 130) from None
+    except KeyboardInterrupt as end:
+        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root)}", status_of(end)) from None
     except ConfigError:
         raise
     except ValueError:  # of a sweeper that looks for the best of its trials where all have failed
@@ -242,9 +272,9 @@ def reproduce(
 ) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
     from rlx.claims import EXIT_STATUS, MINUTES, claim_of, seed_problems
-    from rlx.reproduce import alone
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
+    from rlx.run import alone
 
     given = words(arguments)
     changes = [word for word in given if not word.startswith("recipe=")]
@@ -259,7 +289,7 @@ def reproduce(
     root = Path("runs") / "reproduce" / name
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
     folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
-    with alone(root):
+    with alone(root, "claim"):
         result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
         page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
     print(text)

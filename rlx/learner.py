@@ -119,6 +119,16 @@ class TorchLearner:
         }
         return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up: the optimiser's moments, the place in the schedule, the states of terms."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "tokens": self.tokens, "state": self.state}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.steps, self.tokens = saved["steps"], saved["tokens"]
+        self.state = {name: x.to(self.policy.device) for name, x in saved["state"].items()}
+
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):

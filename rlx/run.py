@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,18 @@ from rlx.build import hint
 from rlx.health import health
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
+from rlx.resume import States
 from rlx.source import code_hash
 from rlx.stages.context import Context
-from rlx.track import Display, Lines, Live, Log, NoTracker, Tracker, Wandb
+from rlx.stopping import Stop, stoppable
+from rlx.track import LOGS, Display, Lines, Live, Log, NoTracker, Tracker, Wandb
 from rlx.types import ConfigError
 
 VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
+LOCK = ".lock"  # held while a process runs the directory
+STATE = "state"  # of an unfinished stage, in its folder
 # Keys of a config that may differ between two starts of one run.
-FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
+FREE = {"run_dir", "track", "save", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
 
 
 # A model with fewer weights than this is faster with one thread than with several: its matrices are so small that waking
@@ -58,13 +61,17 @@ def run(
     command: list[str] | None = None,
     overrides: list[str] | None = None,
     sweep: str = "",
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run every stage that is not done; what run.json holds. `sweep` names the sweep that this run is a job of.
+    """Run every stage that is not done, the first of them from its last state; what run.json holds.
+
+    `sweep` names the sweep that this run is a job of. With `resume`, run.json keeps the command that the run was started with.
 
     Raises ConfigError where `run_dir` holds another config's run or cannot be written, Failed where training broke down,
-    KeyboardInterrupt on SIGINT and SIGTERM.
+    KeyboardInterrupt(number) on SIGINT and SIGTERM.
     """
-    info = start(plan, run_dir, command or sys.argv, overrides or [], sweep)
+    given = {"command": shlex.join(["rlx", *(command or sys.argv)[1:]]), "overrides": overrides or [], "sweep": sweep or None}
+    info = start(plan, run_dir, {} if resume else given)
     if info["status"] == "finished":
         print(f"{run_dir}: finished before; nothing is run again")
         return info
@@ -81,10 +88,12 @@ def run(
     try:
         choose_threads(plan)
         info["hardware"] = hardware()
-        with stoppable():
+        with stoppable() as stop:
             for name in plan.stages:
+                if stop.number:  # while a stage came to its end
+                    raise KeyboardInterrupt(stop.number)
                 current = name
-                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
+                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker, stop=stop)
         info["objective"] = objective(plan, done, display)
         close("finished")
     except KeyboardInterrupt:
@@ -99,6 +108,8 @@ def run(
             close("failed", said)
             (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             said += f"\nthe traceback is in {run_dir / 'error.txt'}"
+        if any((run_dir / current / STATE).glob("step-*")):
+            said += f"\nonce that is put right, go on from the last state with: rlx resume {run_dir}"
         raise Failed(said) from error
     finally:
         tracker.finish()
@@ -106,22 +117,21 @@ def run(
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM (a scheduler's) interrupts as Ctrl-C does. Once interrupted, SIGTERM does not interrupt the saving."""
-    if threading.current_thread() is not threading.main_thread():
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of a folder, since two would write the same stages. Raises Failed where one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:  # the kernel frees it however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Failed(f"{folder}: this {what} is being run already (pid {lock.read()}); wait for it to end") from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
-        return
-
-    def stop(_signum: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def quiet() -> None:
@@ -150,10 +160,12 @@ def choose_threads(plan: Plan) -> None:
             torch.set_num_threads(1)
 
 
-def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
-    """One stage, unless it is done; its last metrics. It starts without checkpoints: another config's are not to be found.
+def run_stage(
+    plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker, stop: Stop | None = None
+) -> dict[str, float]:
+    """One stage, unless it is done; its last metrics. It goes on from the last whole state of it, if there is one.
 
-    An interrupt saves the weights of the moment, for looking at; a stage that is taken up again starts from its beginning.
+    Else it starts without checkpoints, since those of another run of it are not to be found.
     """
     folder = run_dir / name
     done = folder / "DONE"
@@ -163,15 +175,20 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         record = read_json(done)
         by = "" if record.get("code") == code else " by other code than this (delete its DONE to run it again)"
         display.say(f"[{name}] done before{by}; skipped")
+        shutil.rmtree(folder / STATE, ignore_errors=True)
         finished: dict[str, float] = record["summary"]
         return finished
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     quiet()
     display.say(f"[{name}] {plan.stages[name].describe()}")
-    log = Log(
-        folder, name, display=display, tracker=tracker, health=health if plan.config.get("scale") != "smoke" else no_advice
-    )
+    states = States(folder / STATE, plan.save, [folder / log for log in LOGS], display.say, code)
+    if states.found is None:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    advice = health if plan.config.get("scale") != "smoke" else no_advice
+    sizes = states.found["logs"] if states.found else {}
+    log = Log(folder, name, display=display, tracker=tracker, health=advice, sizes=sizes)
+    tracker.go_on(sum(path.read_bytes().count(b"\n") for path in run_dir.glob("*/metrics.jsonl")))
     stage, key = plan.objective
+    stop = stop or Stop()
     ctx = Context(
         run_dir=run_dir,
         name=name,
@@ -180,19 +197,17 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         task=plan.task,
         log=log,
         objective=key if stage == name else "",
+        states=states,
+        stop=stop,
     )
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     try:
         summary = plan.stages[name].run(ctx)
-    except KeyboardInterrupt:
-        if ctx.in_training and ctx.step:
-            ctx.checkpoint("interrupted")
-            saved = folder / "checkpoints" / "interrupted"
-            display.say(f"[{name}] interrupted in step {ctx.step}; the weights of that moment are in {saved}")
-        raise
+        write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
     finally:
+        stop.waits = False
         log.close()
-    write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
+    shutil.rmtree(folder / STATE, ignore_errors=True)
     return summary
 
 
@@ -201,8 +216,11 @@ def no_advice(*_: object) -> list[tuple[str, str]]:
     return []
 
 
-def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], sweep: str = "") -> dict[str, Any]:
-    """Make the run directory, or take up the one that is there (a finished one as it is); refuse it when its config differs."""
+def start(plan: Plan, run_dir: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the run directory, or take up the one that is there (a finished one as it is); refuse it when its config differs.
+
+    `said`: what run.json holds of the command.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()
@@ -222,7 +240,7 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], s
         info = read_json(run_dir / "run.json")
         if info.get("status") == "finished":
             return info
-    elif any(run_dir.iterdir()):
+    elif any(path.name != LOCK for path in run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
     else:
         info = {}
@@ -230,9 +248,7 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], s
     info |= {
         "recipe": plan.config["recipe"],
         "purpose": plan.config.get("purpose", ""),
-        "command": shlex.join(["rlx", *command[1:]]),
-        "overrides": overrides,
-        "sweep": sweep or None,
+        **said,
         "status": "running",
         "error": None,
         "seed": plan.config["seed"],
