@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what optimisers import at their first step
 import yaml
 
 from rlx.models.load import tiny
@@ -131,7 +132,14 @@ OBJECTIVE = {"fit": "rl/eval/length", "everything": "rl/eval/length"}
 def config_of(kind: str, save: dict[str, Any], steps: int = 0) -> dict[str, Any]:
     """The config of one of the runs, of a round trip through YAML."""
     stages = STAGES[kind] if not steps else {"rl": {**STAGES[kind]["rl"], "steps": steps}}
-    whole = {"recipe": kind, "model": MODEL, "task": {"name": "arithmetic", "digits": 2}, "seed": 3, "save": save, "stages": stages}
+    whole = {
+        "recipe": kind,
+        "model": MODEL,
+        "task": {"name": "arithmetic", "digits": 2},
+        "seed": 3,
+        "save": save,
+        "stages": stages,
+    }
     if kind in OBJECTIVE:
         whole["objective"] = OBJECTIVE[kind]
     made: dict[str, Any] = yaml.safe_load(yaml.safe_dump(whole))
@@ -155,4 +163,5 @@ def carry_out(config: dict[str, Any], run_dir: Path, said: Path, *, resume: bool
         sys.exit(128 + end.args[0])
 
 
-tiny(layers=1, hidden=16, heads=2, kv_heads=2, ffn=32)  # imports what a run imports, before processes are forked
+# What a run imports, before processes are forked from the one that has imported this.
+tiny(layers=1, hidden=16, heads=2, kv_heads=2, ffn=32)

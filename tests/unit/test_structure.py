@@ -35,7 +35,7 @@ ROOT = PACKAGE.parent
 # A new module of rlx/ gets its place here.
 LAYERS = """
 types
-tensors
+tensors encoding
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -45,7 +45,7 @@ llm
 methods
 optim
 learner
-paths catalogue health track report
+paths catalogue health track report stopping resume
 source
 build
 unroll
@@ -69,9 +69,12 @@ APART = {
     "health": set(),
     "track": {"types"},
     "report": {"types"},
+    "encoding": {"types"},
+    "stopping": set(),
+    "resume": {"types", "encoding"},
     "build": {"types", "catalogue"},
     "unroll": {"build"},
-    "plan": {"types", "catalogue", "build", "paths", "unroll"},
+    "plan": {"types", "catalogue", "build", "paths", "unroll", "resume"},
     "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report", "unroll"},
 }
