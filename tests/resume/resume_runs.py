@@ -132,7 +132,8 @@ OBJECTIVE = {"fit": "rl/eval/length", "everything": "rl/eval/length"}
 def config_of(kind: str, save: dict[str, Any], steps: int = 0) -> dict[str, Any]:
     """The config of one of the runs, of a round trip through YAML."""
     stages = STAGES[kind] if not steps else {"rl": {**STAGES[kind]["rl"], "steps": steps}}
-    whole = {
+    task = {"name": "arithmetic", "digits": 2}
+    whole = {"recipe": kind, "model": MODEL, "task": task, "seed": 3, "save": save, "stages": stages}
         "recipe": kind,
         "model": MODEL,
         "task": {"name": "arithmetic", "digits": 2},
