@@ -134,13 +134,6 @@ def config_of(kind: str, save: dict[str, Any], steps: int = 0) -> dict[str, Any]
     stages = STAGES[kind] if not steps else {"rl": {**STAGES[kind]["rl"], "steps": steps}}
     task = {"name": "arithmetic", "digits": 2}
     whole = {"recipe": kind, "model": MODEL, "task": task, "seed": 3, "save": save, "stages": stages}
-        "recipe": kind,
-        "model": MODEL,
-        "task": {"name": "arithmetic", "digits": 2},
-        "seed": 3,
-        "save": save,
-        "stages": stages,
-    }
     if kind in OBJECTIVE:
         whole["objective"] = OBJECTIVE[kind]
     made: dict[str, Any] = yaml.safe_load(yaml.safe_dump(whole))

@@ -222,7 +222,7 @@ def test_a_state_that_is_not_whole_is_skipped(
     breaks: Callable[[Path], None], unbroken: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    newest, before = killed(run_dir, config("everything"), 4)
+    newest, before, *_ = killed(run_dir, config("everything"), 4)  # that of before may not be removed yet
     breaks(newest)
     text = finish(config("everything"), run_dir)
     step = int(newest.name[5:])
@@ -235,10 +235,11 @@ def test_a_state_that_is_not_whole_is_skipped(
 
 def test_without_a_whole_state_the_stage_begins_anew(unbroken: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for path in killed(run_dir, config("fit"), 3):
+    states = killed(run_dir, config("fit"), 3)
+    for path in states:
         truncate(path)
     text = finish(config("fit"), run_dir)
-    assert text.count("is skipped") == 2
+    assert text.count("is skipped") == len(states) >= 2
     assert "goes on" not in text
     assert record(run_dir) == unbroken("fit")
 
