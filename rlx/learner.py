@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -123,7 +123,7 @@ class TorchLearner:
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
         self.tokens = 0
-        self.share = 1.0  # of the token budget: halved where memory did not suffice
+        self.share = 1.0  # of a unit: halved where memory did not suffice
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
@@ -169,7 +169,6 @@ class TorchLearner:
         return self._attempt(batch, update, check_gap=check_gap)
 
     def _attempt(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
-        update = replace(update, token_budget=max(1, int(update.token_budget * self.share)))
         counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
@@ -182,8 +181,10 @@ class TorchLearner:
         half: list[Tensor] = []
         seen: dict[str, Tensor] = {}
         parts = halves(batch) if update.grad_variance else [batch]
-        budget, whole = update.token_budget, update.whole_groups
-        cut = [(i, *own) for i, part in enumerate(parts) for own in own_units(self.policy, part, budget, whole_groups=whole)]
+        budget, whole, less = update.token_budget, update.whole_groups, self.share
+        cut = [
+            (i, *own) for i, part in enumerate(parts) for own in own_units(self.policy, part, budget, less, whole_groups=whole)
+        ]
         coupled = update.whole_batch and (len(cut) > 1 or world.size() > 1)
         slopes = self._slopes(batch, update, counts, metrics, wants) if coupled else None
         with self.policy.autocast():  # around all units, so that weights are cast once for each version of them
@@ -220,7 +221,7 @@ class TorchLearner:
         self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
-        recorded = {"token_budget": torch.tensor(float(budget))} if self.share < 1.0 else {}
+        recorded = {"token_budget": torch.tensor(budget * self.share)} if self.share < 1.0 else {}
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)} | recorded
 
     def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
@@ -382,14 +383,20 @@ def units(policy: Policy, batch: Batch, token_budget: int, *, whole_groups: bool
     return map(batch.take, policy.split(batch, token_budget, whole_groups=whole_groups))
 
 
-def own_units(policy: Policy, batch: Batch, token_budget: int, *, whole_groups: bool = False) -> list[tuple[Batch, float]]:
+def own_units(
+    policy: Policy, batch: Batch, token_budget: int, less: float = 1.0, *, whole_groups: bool = False
+) -> list[tuple[Batch, float]]:
     """The units of this rank, each with the share 1. In several ranks they are so small that each rank gets some.
+
+    `less` makes them smaller than the budget and the batch make them, where memory did not suffice.
 
     Every rank has as many, because each is a collective where weights are divided: a rank that has fewer goes through the
     shortest unit once more, with the share 0.
     """
     size = [x.length for x in batch.inputs]
-    most = token_budget if world.size() == 1 else min(token_budget, math.ceil(sum(size) / world.size()))
+    most = token_budget
+    if less < 1.0 or world.size() > 1:
+        most = max(1, int(less * min(token_budget, math.ceil(sum(size) / world.size()))))
     parts = policy.split(batch, most, whole_groups=whole_groups)
     every = dealt([sum(size[i] for i in part) for part in parts], world.size())
     own = [(batch.take(parts[i]), 1.0) for i in every[world.rank()]]

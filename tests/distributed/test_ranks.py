@@ -217,14 +217,14 @@ def test_metrics_and_weights_are_those_of_one_process(folder: Path, one: Path) -
 def test_out_of_memory_starts_again_and_an_error_is_told_once(folder: Path) -> None:
     """With half the token budget the first stage works; in the second, the reward of one rank raises."""
     loss, reward = "stages.fit.loss=[./own.py:hungry]", "stages.rl.reward=[./own.py:raises]"
-    status, out, err = rlx(folder, "fit.yaml", *TWO, loss, reward, "stages.fit.token_budget=80", "run_dir=memory")
+    status, out, err = rlx(folder, "fit.yaml", *TWO, loss, reward, "run_dir=memory")
     assert status == 2, err
     assert err.startswith("rlx: stages.rl.reward: reward 'raises' raised ValueError: a reward of mine (own.py line ")
     assert err.count("\n") == 1
     assert out.count("! starts again with half of each stage's token_budget") == 1
     assert out.splitlines()[-1] == "torch: False"
     run = folder / "memory"
-    assert [row["token_budget"] for row in rows(run)["fit"]] == [40.0, 40.0, 40.0]
+    assert [row["token_budget"] for row in rows(run)["fit"]] == [8192.0, 8192.0, 8192.0]
     assert info(run)["status"] == "failed"
     assert info(run)["error"] == err.removeprefix("rlx: ").strip()
     assert not list(folder.glob("memory.ranks-*"))
