@@ -209,7 +209,8 @@ def test_metrics_and_weights_are_those_of_one_process(folder: Path, one: Path) -
             stage, _, name = part.partition("/")
             place = Path(stage, "out", *(["models", name] if name else []), "model.safetensors")
             mine, theirs = load_file(run / place), load_file(one / place)
-            assert all((mine[key] - theirs[key]).abs().max() < 1e-5 for key in theirs)
+            # A tenth of one step of AdamW, which moves a weight whose gradient is next to nothing by the sign of its rounding.
+            assert max(float((mine[key] - theirs[key]).abs().max()) for key in theirs) < 1e-4, part
     assert sorted(p.name for p in (folder / "sweep").iterdir()) == ["0", "1", "jobs.jsonl", "multirun.yaml", "sweep.json"]
     assert any(row["loss/spread"] > 0 for row in alone["coupled"])
 
