@@ -113,6 +113,16 @@ def test_lora_settings_that_cannot_be_used(lora: dict[str, Any], message: str) -
     assert str(error.value) == message
 
 
+def test_words_are_a_token_each_here_and_in_what_is_saved(tmp_path: Path) -> None:
+    policy = small(words=["Is it", " a", " cow"])
+    policy.save(tmp_path)
+    for tokenizer in (policy.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer.encode("Is it a cow?", add_special_tokens=False)
+        assert [tokenizer.decode([i]) for i in ids] == ["Is it", " a", " cow", "?"]
+        assert tokenizer.decode(ids) == "Is it a cow?"
+    assert max(ids) < policy.module.get_input_embeddings().weight.shape[0]
+
+
 def test_a_policy_has_no_dropout() -> None:
     assert not small().module.training
     assert not small(lora=LORA).module.training
