@@ -123,7 +123,7 @@ def own_forward(policy: VisionLanguage, episode: Episode) -> Tensor:
     read["attention_mask"] = torch.ones_like(read["input_ids"])
     if "mm_token_type_ids" in read:
         read["mm_token_type_ids"] = torch.tensor(policy.processor.create_mm_token_type_ids(read["input_ids"].tolist()))
-        policy.base.rope_deltas = None
+        policy.backbone.rope_deltas = None
     with torch.no_grad():
         logits = policy.module(**read).logits[0, len(turn.seen) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.from_numpy(turn.did)[:, None])[:, 0]
