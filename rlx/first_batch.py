@@ -32,7 +32,7 @@ from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
 from rlx.stages.prepare import credit, fill
-from rlx.stages.rows import shuffled, tokenized, with_columns
+from rlx.stages.rows import Shuffled, tokenized, with_columns
 from rlx.stages.summary import average
 from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
 
@@ -115,7 +115,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     made = tokenized(rows, model, stage.max_length, f"{where}.data")
     if len(made) < len(rows) and (masked := sum(not model.tokenize(row).num_tokens for row in rows)):
         raise DataError(f"{where}.data: {masked} of {len(rows)} rows have no token that is trained on (see `rlx data show`)")
-    first = next(shuffled(made, stage.rows_per_step, at.seeds(), f"{where}.rows_per_step"))
+    first = next(Shuffled(made, stage.rows_per_step, at.seeds(), f"{where}.rows_per_step"))
     lengths = [num_tokens(row) for row in first]
     trained = sum(row.num_tokens for row in first) / sum(lengths)
     yield f"first batch: {len(first)} rows of {spread(lengths)} tokens; {trained:.1%} of the positions are trained on"
@@ -140,7 +140,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     yield f"{columns(rows)}"
     specs = stage.specs()
     model, real = models.get(specs["policy"].from_)
-    first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
+    first = next(Shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
     limit, speaks = at.max_new_tokens(stage.max_new_tokens), hasattr(model, "render")
     prompts = [len(model.render(at.make_env().reset(row.task))) if speaks else 0 for row in first]
     longest = max(prompts)

@@ -96,6 +96,14 @@ class Learner(Protocol):
         """Train on a batch; the metrics."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up, of whatever learner it is."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there. The policy has the weights of that moment."""
+        ...
+
 
 class MakeLearner(Protocol):
     """TorchLearner, or another learner that is made of the same."""
@@ -153,6 +161,17 @@ class TorchLearner:
         found = [x.max() if name.endswith("/max") else x.mean() for name, x in means.items()]
         copied = torch.stack([x.to(self.policy.device) for x in found]).tolist() if found else []  # one copy for all
         return dict(zip(means, copied, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up: the optimiser's moments, the place in the schedule, the states of terms."""
+        counters = {"steps": self.steps, "tokens": self.tokens, "share": self.share}
+        return {"optimizer": self.optimizer.state_dict(), "state": self.state, **counters}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.steps, self.tokens, self.share = saved["steps"], saved["tokens"], saved["share"]
+        self.state = {name: x.to(self.policy.device) for name, x in saved["state"].items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         """One optimiser step; where memory does not suffice, once more with half the token budget, which stays halved."""

@@ -16,6 +16,7 @@ from rlx.build import Binder, hint, looks_local, model_offers, untrusted
 from rlx.catalogue import CATALOGUE
 from rlx.launch import launch_of, undivided
 from rlx.paths import CONF
+from rlx.resume import Save
 from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelName, ModelRef, Stage, TaskSource
 from rlx.unroll import moved, unrolled
 
@@ -40,6 +41,7 @@ KEYS: dict[str, Any] = {
     "launch": dict[str, Any],
     "caps": dict[str, Any],
     "scale": str,
+    "save": Save,
 }
 
 # A stage is a folder of the run and a part of dotted paths; `@model` and `@task/...` already mean something.
@@ -75,6 +77,7 @@ class Plan:
     objective: tuple[str, str] = ("", "")
     inputs: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    save: Save = field(default_factory=Save)
 
 
 def plan(
@@ -86,9 +89,9 @@ def plan(
     for key in config:
         if key not in KEYS:
             binder.errors.append(f"{key}: no such key at the top of a recipe{hint(key, KEYS)}")
-    for key, want in KEYS.items():
-        if key in config:
-            binder.value(want, config[key], key)
+    bound = {key: binder.value(want, config[key], key) for key, want in KEYS.items() if key in config}
+    save = bound.get("save") or Save()
+    binder.errors += [f"save.{line}" for line in save.problems()]
     if isinstance(config.get("seed"), int) and config["seed"] < 0:
         binder.errors.append(f"seed: expected at least 0, got {config['seed']}")
     model = bind_model(binder, config.get("model", {"name": "tiny"}))
@@ -117,7 +120,7 @@ def plan(
     objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
-    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices)
+    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices, save)
 
 
 def without(config: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:

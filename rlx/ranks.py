@@ -65,7 +65,7 @@ def attempt(launch: Launch, gpus: list[str], job: Mapping[str, Any], run_dir: Pa
         with forwarding(child, folder):
             status = wait(child, folder)
         if status and (folder / "stop").exists():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(int((folder / "stop").read_text(encoding="utf-8")))
         if status:
             raise trouble(folder, status, run_dir)
     finally:
@@ -104,12 +104,14 @@ def free_port() -> int:
 def forwarding(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
     """SIGINT and SIGTERM ask the ranks to end after their step; the second time, they are killed."""
 
-    def stop(_number: int, _frame: object) -> None:
+    def stop(number: int, _frame: object) -> None:
         if (folder / "stop").exists():
             kill(child)
         else:
-            (folder / "stop").touch()
-            print("ends after this step; once more to end at once", file=sys.stderr)
+            beside = folder / "stop.partial"
+            beside.write_text(str(number), encoding="utf-8")
+            beside.rename(folder / "stop")
+            print("ends after this step, with its state saved; once more to end at once", file=sys.stderr)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

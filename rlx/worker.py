@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Train; end with 0, with 130 where the user ended it, or with an error in rank-N.error."""
+    """Train; end with 0, with 130 or 143 where the user ended it, or with an error in rank-N.error."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     (folder / f"rank-{rank}.pid").write_text(f"{os.getpid()} {socket.gethostname()}", encoding="utf-8")
@@ -27,8 +28,8 @@ def main() -> None:
     status = 0
     try:
         train(job, folder)
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as end:
+        status = 128 + int(end.args[0] if end.args else signal.SIGINT)
     except BaseException as error:  # whatever it is, the other ranks wait for this one
         status = report(error, folder / f"rank-{rank}.error")
     sys.stdout.flush()
@@ -41,16 +42,17 @@ def train(job: dict[str, Any], folder: Path) -> None:
     from rlx import world
     from rlx.launch import launch_of
     from rlx.plan import plan
-    from rlx.run import quiet, run
+    from rlx.run import alone, quiet, run
 
     launch = launch_of(job["config"])
     quiet()
     world.join(folder, launch.timeout)
-    made = plan(job["config"], trusted=job["trust"], swapped=job["swapped"], given=job["given"])
+    made = plan(job["config"], trusted=job["trust"], **job["known"])
     for line in made.notices:
         print(f"note: {line}")
-    made.config.pop("run_dir", None)
-    run(made, Path(job["run_dir"]), command=job["command"], overrides=job["overrides"], sweep=job["sweep"], share=job["share"])
+    run_dir = Path(job["run_dir"])
+    with alone(run_dir, "run") if world.leads() else contextlib.nullcontext():
+        run(made, run_dir, share=job["share"], **job["how"])
     world.barrier()
 
 

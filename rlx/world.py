@@ -106,9 +106,10 @@ class Watch:
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def stop_asked(self) -> bool:
-        """Whether the user wants the run to end."""
-        return (self.folder / "stop").exists()
+    def stop_asked(self) -> int:
+        """The signal by which the user wants the run to end, or 0."""
+        path = self.folder / "stop"
+        return int(path.read_text(encoding="utf-8")) if path.exists() else 0
 
 
 watch: Watch | None = None
@@ -137,12 +138,15 @@ def stage(name: str) -> None:
 
 
 def step(name: str) -> None:
-    """A step begins. Raises KeyboardInterrupt on rank 0 where the user wants the run to end: the weights are whole here."""
+    """A step begins."""
     if watch is not None:
         watch.step, watch.timed = name, True
         watch.begin()
-        if leads() and watch.stop_asked():
-            raise KeyboardInterrupt
+
+
+def stop_asked() -> int:
+    """The signal by which the user wants the run of these ranks to end, or 0. Ranks may see it at different times."""
+    return watch.stop_asked() if watch is not None else 0
 
 
 def join(folder: Path, timeout: float) -> None:

@@ -70,6 +70,15 @@ class Buffer:
             return self.some(rows, rng)
         return [x for i in rng.permutation(len(self._pairs))[:rows].tolist() for x in self._pairs[i]]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes; those that a step resamples are of that step alone."""
+        return {"episodes": list(self.episodes)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on with them."""
+        self.episodes.clear()
+        self.episodes += saved["episodes"]
+
     def some(self, rows: int, rng: np.random.Generator) -> list[Episode]:
         """Episodes by chance, or the newest."""
         size = min(rows, len(self.episodes))

@@ -155,8 +155,14 @@ def refresh(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], step: 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
     """Every weight of a model, heads included, trained or not."""
-    modules = [policy.module, getattr(policy, "heads", None)]
-    return [p for module in modules if module is not None for p in module.parameters()]
+    return list(named_weights(policy).values())
+
+
+def named_weights(policy: Any) -> dict[str, torch.Tensor]:
+    """Every weight of a model and its heads by name; tied ones once."""
+    heads = getattr(policy, "heads", None)
+    own = dict(policy.module.named_parameters())
+    return own | ({f"heads.{name}": x for name, x in heads.named_parameters()} if heads is not None else {})
 
 
 def freeze(policy: Policy, parts: Iterable[str], where: str) -> None:

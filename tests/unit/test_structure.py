@@ -35,7 +35,7 @@ ROOT = PACKAGE.parent
 # A new module of rlx/ gets its place here.
 LAYERS = """
 types
-tensors
+tensors encoding
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -47,7 +47,7 @@ optim
 world
 learner
 zero
-paths catalogue health track report
+paths catalogue health track report stopping resume
 source
 build
 launch
@@ -74,12 +74,15 @@ APART = {
     "health": set(),
     "track": {"types"},
     "report": {"types"},
+    "encoding": {"types"},
+    "stopping": set(),
+    "resume": {"types", "world", "encoding"},
     "build": {"types", "catalogue"},
     "world": set(),
     "launch": {"types", "build"},
     "ranks": {"types", "launch"},
     "unroll": {"build"},
-    "plan": {"types", "catalogue", "build", "paths", "launch", "unroll"},
+    "plan": {"types", "catalogue", "build", "paths", "launch", "unroll", "resume"},
     "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report", "unroll"},
 }
