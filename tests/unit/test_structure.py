@@ -52,6 +52,7 @@ source
 build
 launch
 unroll
+references relations
 plan
 compose
 ranks
@@ -82,7 +83,9 @@ APART = {
     "launch": {"types", "build"},
     "ranks": {"types", "launch"},
     "unroll": {"build"},
-    "plan": {"types", "catalogue", "build", "paths", "launch", "unroll", "resume"},
+    "references": {"types", "build"},
+    "relations": {"types", "build", "launch"},
+    "plan": {"types", "catalogue", "build", "paths", "unroll", "resume", "references", "relations"},
     "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report", "unroll"},
 }
