@@ -168,7 +168,11 @@ class TorchLearner:
         return {"optimizer": self.optimizer.state_dict(), "state": self.state, **counters}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there. `weights`: those of an optimiser that had its own, more exact than the policy's."""
+        if "weights" in saved:
+            with torch.no_grad():
+                for weight, exact in zip(self.parameters, saved["weights"], strict=True):
+                    weight.copy_(exact)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.steps, self.tokens, self.share = saved["steps"], saved["tokens"], saved["share"]
         self.state = {name: x.to(self.policy.device) for name, x in saved["state"].items()}
