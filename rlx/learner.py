@@ -244,7 +244,7 @@ class TorchLearner:
         self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
-        recorded = {"token_budget": torch.tensor(budget * self.share)} if self.share < 1.0 else {}
+        recorded = {"token_budget": torch.tensor(float(int(budget * self.share)))} if self.share < 1.0 else {}
         return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)} | recorded
 
     def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlx import world
 from rlx.types import Episode
 
 VERSION = 1
@@ -48,6 +47,8 @@ class States:
     def __init__(self, folder: Path, save: Save, logs: Sequence[Path], say: Callable[[str], None], code: str = "") -> None:
         self.folder, self.save, self.logs, self.say, self.code = folder, save, logs, say, code
         self.last, self.took = time.monotonic(), 0.0
+        from rlx import world  # imports torch, which the process that starts ranks does without
+
         if world.leads():
             for beside in folder.glob("*.partial"):
                 shutil.rmtree(beside, ignore_errors=True)
@@ -91,12 +92,13 @@ class States:
 
     def write(self, step: int, state: Mapping[str, Any], rows: Mapping[str, Sequence[Episode]]) -> None:
         """Write the state after `step`: rank 0 does. Where that fails (a full disk), it is told, and those before it stay."""
-        if not world.leads():
-            return
         from safetensors import SafetensorError
 
+        from rlx import world
         from rlx.encoding import NotStorable
 
+        if not world.leads():
+            return
         began, beside = time.monotonic(), self.folder / f"{name(step)}.partial"
         try:
             beside.mkdir(parents=True, exist_ok=True)
