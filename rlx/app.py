@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from rlx.build import Binder
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
 from rlx.launch import Launch, idle_gpus, launch_of
-from rlx.paths import default_run_dir
+from rlx.paths import default_run_dir, writable
 from rlx.plan import Plan, bind_objective, plan
 from rlx.ranks import train_in_ranks
 from rlx.report.read import JOBS, job_run
@@ -178,16 +178,6 @@ def same_sweep(root: Path, given: list[str]) -> None:
                 f"directory. What differs (there -> now):\n{shown}"
             )
     write_json(root / SWEEP, now)
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where the sweep's directory cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
 
 
 def sweep_job(root: Path, command: list[str], _: Any) -> float | None:

@@ -78,7 +78,7 @@ class Launch:
         own: dict[str, Any] = {"zero_optimization": zero}
         given, where = self.given()
         wrong = [f"{where}: {key}: is set by the recipe ({by}); leave it out" for key, by in DECIDED.items() if key in given]
-        wrong += [f"{where}: {line}" for line in conflicts(own, given)]
+        wrong += [f"{where}: {line}" for line in [*conflicts(own, given), *unsaved(given)]]
         if wrong:
             raise ConfigError("\n".join(wrong))
         return merged(own, given)
@@ -142,6 +142,20 @@ def conflicts(own: Mapping[str, Any], given: Mapping[str, Any], path: str = "") 
         elif key in own and own[key] != value:
             found.append(f"{at}: {value!r} contradicts {own[key]!r} of `launch`; leave it out")
     return found
+
+
+def unsaved(given: Mapping[str, Any]) -> list[str]:
+    """One line for each setting under which the optimiser's state is where it cannot be saved from."""
+    zero = given.get("zero_optimization") or {}
+    offload = zero.get("offload_optimizer") or {}
+    found = {
+        "offload_optimizer.device": offload.get("device") == "nvme",
+        "offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
+        "offload_optimizer.super_offload": bool(offload.get("super_offload")),
+        "zenflow": bool(zero.get("zenflow")),
+    }
+    said = "a run that is killed could not go on, since the optimiser's state cannot be saved from there; leave it out"
+    return [f"zero_optimization.{key}: {said}" for key, wrong in found.items() if wrong]
 
 
 def merged(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

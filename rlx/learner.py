@@ -164,17 +164,24 @@ class TorchLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes up: the optimiser's moments, the place in the schedule, the states of terms."""
-        counters = {"steps": self.steps, "tokens": self.tokens, "share": self.share}
-        return {"optimizer": self.optimizer.state_dict(), "state": self.state, **counters}
+        return {"optimizer": self.optimizer.state_dict(), **self.counters()}
 
+    def counters(self) -> dict[str, Any]:
+        """What is known of the steps besides the optimiser's state."""
+        return {"steps": self.steps, "tokens": self.tokens, "share": self.share, "state": self.state}
+
+    @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from there. `weights`: those of an optimiser that had its own, more exact than the policy's."""
-        if "weights" in saved:
-            with torch.no_grad():
-                for weight, exact in zip(self.parameters, saved["weights"], strict=True):
-                    weight.copy_(exact)
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.steps, self.tokens, self.share = saved["steps"], saved["tokens"], saved["share"]
+        self.load_counters(saved)
+        if "weights" in saved:
+            for weight, exact in zip(self.parameters, saved["weights"], strict=True):
+                weight.copy_(exact)
+
+    def load_counters(self, saved: Mapping[str, Any]) -> None:
+        """Set what `counters` gave. Units stay as small as they have had to be, there or here."""
+        self.steps, self.tokens, self.share = saved["steps"], saved["tokens"], min(self.share, saved["share"])
         self.state = {name: x.to(self.policy.device) for name, x in saved["state"].items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlx.launch import Launch, chosen_gpus, visible_gpus
+from rlx.stopping import Stop, stoppable
 from rlx.types import ConfigError, Failed
 
 # What an error says of how it all began: a rank's own, a rank that is gone without a word (killed, maybe because another
@@ -50,6 +51,7 @@ def train_in_ranks(launch: Launch, job: Mapping[str, Any], run_dir: Path) -> Non
 def attempt(launch: Launch, gpus: list[str], job: Mapping[str, Any], run_dir: Path) -> None:
     """Start the ranks and wait until they have ended."""
     folder = run_dir.with_name(f"{run_dir.name}.ranks-{os.getpid()}")
+    remove_left(run_dir)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -59,17 +61,34 @@ def attempt(launch: Launch, gpus: list[str], job: Mapping[str, Any], run_dir: Pa
     whole = {**job, "run_dir": str(run_dir), "parent": os.getpid(), "host": socket.gethostname()}
     (folder / "job.json").write_text(json.dumps(whole), encoding="utf-8")
     try:
-        child = subprocess.Popen(
-            command(launch, gpus, folder), env=environment(len(gpus)), stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        with forwarding(child, folder):
-            status = wait(child, folder)
-        if status and (folder / "stop").exists():
-            raise KeyboardInterrupt(int((folder / "stop").read_text(encoding="utf-8")))
+        with stoppable() as stop:
+            stop.waits = True  # for the ranks to end after their step
+            child = subprocess.Popen(
+                command(launch, gpus, folder), env=environment(len(gpus)), stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            try:
+                status = wait(child, folder, stop)
+            finally:
+                kill(child)
+        if status and stop.number and not any(folder.glob("rank-*.error")):
+            raise KeyboardInterrupt(stop.number)
         if status:
             raise trouble(folder, status, run_dir)
+    except KeyboardInterrupt:
+        note(run_dir, "interrupted", "before the end of a step")
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left(run_dir: Path) -> None:
+    """Remove the folders of earlier starts whose process was killed on this machine."""
+    for path in run_dir.parent.glob("*.ranks-*/job.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            job = json.loads(path.read_text(encoding="utf-8"))
+            ours = job["run_dir"] == str(run_dir) and job["host"] == socket.gethostname()
+            if ours and not Path("/proc", str(job["parent"])).exists():
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def command(launch: Launch, gpus: list[str], folder: Path) -> list[str]:
@@ -100,40 +119,19 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@contextlib.contextmanager
-def forwarding(child: subprocess.Popen[bytes], folder: Path) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the ranks to end after their step; the second time, they are killed."""
-
-    def stop(number: int, _frame: object) -> None:
-        if (folder / "stop").exists():
-            kill(child)
-        else:
-            beside = folder / "stop.partial"
-            beside.write_text(str(number), encoding="utf-8")
-            beside.rename(folder / "stop")
-            print("ends after this step, with its state saved; once more to end at once", file=sys.stderr)
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        kill(child)
-
-
-def wait(child: subprocess.Popen[bytes], folder: Path) -> int:
-    """The launcher's exit status. Where a rank reports trouble, the others get some seconds to end."""
+def wait(child: subprocess.Popen[bytes], folder: Path, stop: Stop) -> int:
+    """The launcher's exit status. The ranks are told of `stop`; where one is in trouble, the others get some seconds to end."""
     deadline = float("inf")
     while child.poll() is None and time.monotonic() < deadline:
+        if stop.number and not (folder / "stop").exists():
+            beside = folder / "stop.partial"
+            beside.write_text(str(stop.number), encoding="utf-8")
+            beside.rename(folder / "stop")
         if deadline == float("inf") and any(folder.glob("rank-*.error")):
             note_the_dead(folder)
             deadline = time.monotonic() + PATIENCE
         time.sleep(0.1)
-    if child.poll() is None:
-        kill(child)
-        return 1
-    return child.returncode
+    return child.returncode if child.poll() is not None else 1
 
 
 def kill(child: subprocess.Popen[bytes]) -> None:
@@ -159,7 +157,8 @@ def note_the_dead(folder: Path) -> None:
 def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
     """What went wrong first, as the error to raise; it is in run.json as well."""
     note_the_dead(folder)
-    errors: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank-*.error")]
+    paths = folder.glob("rank-*.error")
+    errors: list[dict[str, Any]] = [{**json.loads(path.read_text(encoding="utf-8")), "by": path.stem} for path in paths]
     errors += stall(folder)
     last: dict[str, Any] = {
         "status": 1,
@@ -167,15 +166,25 @@ def trouble(folder: Path, status: int, run_dir: Path) -> Exception:
         "traceback": "",
     }
     error = min(errors, key=lambda e: (int(e["kind"]), float(e["time"])), default=last)
-    path = run_dir / "run.json"
-    if path.is_file():
-        info = json.loads(path.read_text(encoding="utf-8"))
-        with contextlib.suppress(OSError):  # the disk may be what failed
-            path.write_text(json.dumps({**info, "status": "failed", "error": error["message"]}, indent=1), encoding="utf-8")
-            (run_dir / "error.txt").write_text(error["traceback"] or error["message"], encoding="utf-8")
+    if error.get("by") != "rank-0" or error["kind"] != OWN:  # what rank 0 raised it has noted, if the directory is this run's
+        note(run_dir, "failed", error["message"], error["traceback"])
     if error["status"] == 2:
         return ConfigError(error["message"])
     return (OutOfMemory if error.get("memory") else Failed)(error["message"], error["status"])
+
+
+def note(run_dir: Path, status: str, error: str, traceback: str = "") -> None:
+    """Say in run.json, and in error.txt where it failed, how a run ended that could not say so itself."""
+    path = run_dir / "run.json"
+    with contextlib.suppress(OSError):  # the disk may be what failed, and there may be no run yet
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if info["status"] not in ("running", status):
+            return
+        beside = path.with_name(path.name + ".partial")
+        beside.write_text(json.dumps({**info, "status": status, "error": error}, indent=1), encoding="utf-8")
+        beside.replace(path)
+        if status == "failed":
+            (run_dir / "error.txt").write_text(traceback or error, encoding="utf-8")
 
 
 def stall(folder: Path) -> list[dict[str, Any]]:

@@ -257,11 +257,12 @@ def start(plan: Plan, run_dir: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         info = read_json(run_dir / "run.json")
         if info.get("status") == "finished":
             return info
+        write_text(saved, as_yaml(plan.config))  # `rlx resume` goes on as it was last started: with this `launch`, say
     elif any(path.name != LOCK for path in run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
     else:
         info = {}
-        write_text(saved, yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True))
+        write_text(saved, as_yaml(plan.config))
     info |= {
         "recipe": plan.config["recipe"],
         "purpose": plan.config.get("purpose", ""),
@@ -308,6 +309,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in differences(old.get(k, "(absent)"), new.get(k, "(absent)"), f"{path}.{k}".lstrip("."))
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A config as its file has it."""
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def write_text(path: Path, text: str) -> None:

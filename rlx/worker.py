@@ -28,8 +28,8 @@ def main() -> None:
     status = 0
     try:
         train(job, folder)
-    except KeyboardInterrupt as end:
-        status = 128 + int(end.args[0] if end.args else signal.SIGINT)
+    except KeyboardInterrupt as end:  # which the ranks have agreed on
+        status = 128 + int(end.args[0])
     except BaseException as error:  # whatever it is, the other ranks wait for this one
         status = report(error, folder / f"rank-{rank}.error")
     sys.stdout.flush()
@@ -41,6 +41,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
     """Bind the resolved config and run it."""
     from rlx import world
     from rlx.launch import launch_of
+    from rlx.paths import writable
     from rlx.plan import plan
     from rlx.run import alone, quiet, run
 
@@ -51,8 +52,15 @@ def train(job: dict[str, Any], folder: Path) -> None:
     for line in made.notices:
         print(f"note: {line}")
     run_dir = Path(job["run_dir"])
-    with alone(run_dir, "run") if world.leads() else contextlib.nullcontext():
-        run(made, run_dir, share=job["share"], **job["how"])
+    with contextlib.ExitStack() as held:
+        if world.leads():
+            with writable(run_dir):
+                held.enter_context(alone(run_dir, "run"))
+        try:
+            run(made, run_dir, share=job["share"], **job["how"])
+        except KeyboardInterrupt:
+            world.barrier()  # the launcher ends all ranks when one ends like this: rank 0 has written its state by then
+            raise
     world.barrier()
 
 

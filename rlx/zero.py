@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlx import world
+from rlx import partitions, world
 from rlx.learner import MakeLearner, TorchLearner
 from rlx.types import Batch, Component, ConfigError, Policy
 
@@ -66,6 +66,9 @@ class DeepSpeedLearner(TorchLearner):
             for weight in Whole(policy).parameters():
                 weight.data = weight.data.bfloat16()
         super().__init__(policy, optim, lr=lr, total=total, trained=twin(policy) if stage == 3 else policy)
+        self.name, self.low = optim.name, low
+        self.groups = self.optimizer.state_dict()["param_groups"]
+        self.order = [p for group in self.optimizer.param_groups for p in group["params"]]  # as the numbers of `groups` count
         whole = Whole(self.trained)
         buffers = [buffer.clone() for buffer in whole.buffers()]
         self.stage, self.share = stage, share
@@ -107,9 +110,32 @@ class DeepSpeedLearner(TorchLearner):
             group["lr"] = lr
         with world.phase("the optimiser's step"):
             self.engine.step()  # which does nothing where the norm is not finite
+            if self.stage and not self.steps:
+                partitions.check_divisible(self.optimizer, self.name)
             if self.stage == 3:
                 publish(self.trained, self.policy)
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of one process, whole on rank 0: a run goes on under another stage, in more or fewer processes, or in one.
+
+        `weights` are those in float32, where the policy has them rounded. All ranks call it.
+        """
+        if self.stage == 0:
+            return super().state_dict()
+        state = partitions.gathered(self.optimizer, self.order)
+        weights = {"weights": partitions.gathered_weights(self.parameters)} if self.low else {}
+        return {"optimizer": {"state": state, "param_groups": self.groups}, **self.counters(), **weights}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there. All ranks call it."""
+        if self.stage == 0:
+            super().load_state_dict(saved)
+            return
+        self.load_counters(saved)
+        partitions.put(self.optimizer, self.order, saved["optimizer"]["state"])
+        known = saved.get("weights") or dict(enumerate(self.policy.parameters()))
+        partitions.put_weights(self.optimizer, self.parameters, [known[i] for i in range(len(self.parameters))])
 
 
 def imported() -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlx import world
 from rlx.rollout.noise import key
 from rlx.stages.models import ModelSpec, named_weights
 from rlx.types import Policy
@@ -54,7 +55,7 @@ def changing(models: Mapping[str, Any], specs: Mapping[str, ModelSpec], trained:
 
 
 class Generators:
-    """The generators of the process, for components of the user's and libraries. rlx itself draws by counters."""
+    """The generators of each process, for components of the user's and libraries. rlx itself draws by counters."""
 
     def __init__(self, *seed: int) -> None:
         number = key(*seed) % 2**32
@@ -63,19 +64,20 @@ class Generators:
         torch.manual_seed(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Those of Python, numpy and torch, on every device."""
-        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {
+        """Those of Python, numpy and torch, and of the device, of each rank. All ranks call it."""
+        own = {
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
-            "cuda": on_gpu,
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
+        return {"ranks": world.gathered(own)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        random.setstate(saved["python"])
-        np.random.set_state(saved["numpy"])
-        torch.set_rng_state(saved["torch"])
-        if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["cuda"])
+        """Go on from there. Where there were fewer ranks, the others go on from theirs."""
+        own = saved["ranks"][world.rank() % len(saved["ranks"])]
+        random.setstate(own["python"])
+        np.random.set_state(own["numpy"])
+        torch.set_rng_state(own["torch"])
+        if torch.cuda.is_available() and own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"])

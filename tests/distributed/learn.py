@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rlx import reduce, world
-from rlx.learner import MakeLearner, TorchLearner, Update, computed, stateful, whole_batch
+from rlx.encoding import decode, encode
+from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed, stateful, whole_batch
 from rlx.models.nets import mlp
 from rlx.optim import adamw
 from rlx.tensors import inside
@@ -62,16 +64,21 @@ UPDATES = [
 ]
 
 
-def learned(make: MakeLearner) -> list[dict[str, float]]:
-    """The metrics of each step, and the weights and a forward after them."""
+ADAMW = Component[Any]("adamw", adamw, settings={"clip": 0.5, "schedule": "linear"})
+
+
+def learned(make: MakeLearner, then: MakeLearner | None = None, updates: Sequence[Update] = UPDATES) -> list[dict[str, float]]:
+    """The metrics of each step, and the weights and a forward after them. From the fourth on it is `then` that learns."""
     global DRAW
     DRAW = np.random.default_rng(0)
     batches = [[episode(g, i, n) for g, ns in enumerate(sizes) for i, n in enumerate(ns)] for sizes in BATCHES]
     found: list[dict[str, float]] = []
-    for update in UPDATES:
-        policy = mlp(inputs=4, actions=3, sizes=[8], seed=1)
-        learner = make(policy, Component("adamw", adamw, settings={"clip": 0.5, "schedule": "linear"}), lr=1e-3, total=40)
+    for update in updates:
+        policy = network()
+        learner = make(policy, ADAMW, lr=1e-3, total=40)
         for step in range(6):
+            if then is not None and step == 3:
+                policy, learner = gone_on(policy, learner, then)
             found.append(learner.step(policy.collate(batches[step % len(batches)]), update, (step,)))
         logp = computed(policy, policy.collate(batches[0]), {"logp"}, 16)["logp"]
         sums = {name: float(weight.detach().double().sum()) for name, weight in policy.module.named_parameters()}
@@ -79,19 +86,48 @@ def learned(make: MakeLearner) -> list[dict[str, float]]:
     return found
 
 
-def divided(stage: int) -> list[dict[str, float]]:
-    """The same under a stage of ZeRO, with every weight divided."""
+def network() -> Any:
+    """Weights of sizes that two ranks cannot share evenly."""
+    return mlp(inputs=4, actions=3, sizes=[7], seed=1)
+
+
+def gone_on(policy: Any, learner: Learner, then: MakeLearner) -> tuple[Any, Learner]:
+    """A new policy and learner in the state of the old ones, by way of what rank 0 would write to a file."""
+    state = learner.state_dict()
+    whole = {"learner": state, "weights": {name: x.detach() for name, x in policy.module.named_parameters()}}
+    read = decode(*world.first(lambda: encode(whole, {})), {})
+    made = network()
+    with torch.no_grad():
+        for name, weight in made.module.named_parameters():
+            weight.copy_(read["weights"][name])
+    other = then(made, ADAMW, lr=1e-3, total=40)
+    other.load_state_dict(read["learner"])
+    return made, other
+
+
+def under(stage: int, **more: Any) -> MakeLearner:
+    """The learner of a stage of ZeRO, with every weight divided."""
     from rlx.zero import learner_of
 
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    return learned(learner_of(stage, {"zero_optimization": zero}, 1.0))
+    return learner_of(stage, {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more}}, 1.0)
 
 
 def main(file: Path, stages: list[str]) -> None:
     torch.set_num_threads(1)
-    if stages:
+    found: Any = {}
+    if not stages:
+        found = learned(TorchLearner)
+    else:
         torch.distributed.init_process_group("gloo")
-    found = {stage: divided(int(stage)) for stage in stages} if stages else learned(TorchLearner)
+        made = [under(int(stage)) for stage in stages]
+        some = [UPDATES[0], UPDATES[3]]
+        found["steps"] = {stage: learned(learner) for stage, learner in zip(stages, made, strict=True)}
+        found["again"] = {stage: learned(learner, learner, some) for stage, learner in zip(stages, made, strict=True)}
+        found["other"] = {
+            f"{a} {b}": learned(made[i], made[i - 1], some) for i, (a, b) in enumerate(zip(stages, stages[-1:] + stages))
+        }
+        whole = under(3, stage3_param_persistence_threshold=10**6)
+        found["again"]["3 whole"] = learned(whole, whole, some)
     if world.leads():
         file.write_text(json.dumps(found))
     sys.stdout.flush()

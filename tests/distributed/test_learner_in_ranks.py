@@ -26,13 +26,43 @@ def learned(file: Path, *stages: str) -> Any:
     return json.loads(file.read_text())
 
 
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
-    alone, found = learned(tmp_path / "alone.json"), learned(tmp_path / "ranks.json", "0", "1", "2", "3")
-    assert list(found) == ["0", "1", "2", "3"]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return learned(tmp_path_factory.mktemp("alone") / "found.json")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return learned(tmp_path_factory.mktemp("ranks") / "found.json", "0", "1", "2", "3")
+
+
+def close(steps: list[dict[str, float]], expected: list[dict[str, float]], what: str) -> None:
+    assert len(steps) == len(expected)
+    for i, (step, there) in enumerate(zip(steps, expected, strict=True)):
+        assert step.keys() == there.keys()
+        for key, value in step.items():
+            assert value == pytest.approx(there[key], rel=1e-5, abs=1e-5), (what, i, key)
+
+
+def some(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The two updates of four with which a learner is replaced."""
+    return steps[:7] + steps[21:]
+
+
+def test_two_ranks_learn_what_one_process_learns(alone: Any, ranks: Any) -> None:
+    assert list(ranks["steps"]) == ["0", "1", "2", "3"]
     assert all(step["grad_norm"] > 1e-3 for step in alone if "grad_norm" in step)
-    for stage, steps in found.items():
-        assert len(steps) == len(alone) == 4 * 7
-        for step, expected in zip(steps, alone, strict=True):
-            assert step.keys() == expected.keys()
-            for key, value in step.items():
-                assert value == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (stage, key)
+    assert len(alone) == 4 * 7
+    for stage, steps in ranks["steps"].items():
+        close(steps, alone, stage)
+
+
+def test_a_learner_that_goes_on_from_a_state_is_the_unbroken_one(ranks: Any) -> None:
+    for stage, steps in ranks["again"].items():
+        assert steps == some(ranks["steps"][stage[0]]), stage
+
+
+def test_a_learner_goes_on_under_another_stage(alone: Any, ranks: Any) -> None:
+    assert list(ranks["other"]) == ["0 3", "1 0", "2 1", "3 2"]
+    for stages, steps in ranks["other"].items():
+        close(steps, some(alone), stages)

@@ -46,6 +46,7 @@ methods
 optim
 world
 learner
+partitions
 zero
 paths catalogue health track report stopping resume
 source
