@@ -53,6 +53,11 @@ def test_settings_of_deepspeed_are_merged_and_conflicts_refused(tmp_path: Path) 
         f"launch.deepspeed {file}: bf16: is set by the recipe (model.dtype); leave it out",
         f"launch.deepspeed {file}: zero_optimization.stage: 2 contradicts 3 of `launch`; leave it out",
     ]
+    lost = write({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}})
+    assert said(**lost) == (
+        f"launch.deepspeed {file}: zero_optimization.offload_optimizer.device: a run that is killed could not go on, since the "
+        "optimiser's state cannot be saved from there; leave it out"
+    )
     assert said(**write([1])) == f"launch.deepspeed {file}: expected a mapping, got list"
     file.write_text("{")
     assert said(**{**wrong, "deepspeed": str(file)}).startswith(f"launch.deepspeed {file}: is not JSON: ")
