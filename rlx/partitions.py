@@ -61,6 +61,12 @@ def gathered_weights(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
     return found
 
 
+def settings(zero: Any, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of each group of whole parameters as they are: an optimiser may change its own."""
+    live = [{key: x for key, x in group.items() if key != "params"} for group in zero.optimizer.param_groups]
+    return [{key: own.get(key, x) for key, x in group.items()} for group, own in zip(groups, live, strict=True)]
+
+
 def kept(found: dict[Any, Any], key: Any, x: Tensor) -> None:
     """Rank 0 writes the state, so that the others need not hold it."""
     if world.leads():
@@ -84,6 +90,12 @@ def put(zero: Any, parameters: Sequence[nn.Parameter], states: Mapping[int, Mapp
     for i, state in states.items():
         for key in state.keys() - {STEP}:
             put_one(zero, parameters[i], state[key], key)
+
+
+def put_settings(zero: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Set what the optimiser has of the settings of its groups."""
+    for group, saved in zip(zero.optimizer.param_groups, groups, strict=True):
+        group.update({key: x for key, x in saved.items() if key in group and key != "params"})
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def remove_left(run_dir: Path) -> None:
     for path in run_dir.parent.glob("*.ranks-*/job.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             job = json.loads(path.read_text(encoding="utf-8"))
-            ours = job["run_dir"] == str(run_dir) and job["host"] == socket.gethostname()
+            ours = path.parent.name.startswith(f"{run_dir.name}.ranks-") and job["host"] == socket.gethostname()
             if ours and not Path("/proc", str(job["parent"])).exists():
                 shutil.rmtree(path.parent, ignore_errors=True)
 

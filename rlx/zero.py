@@ -123,9 +123,9 @@ class DeepSpeedLearner(TorchLearner):
         """
         if self.stage == 0:
             return super().state_dict()
-        state = partitions.gathered(self.optimizer, self.order)
+        state, groups = partitions.gathered(self.optimizer, self.order), partitions.settings(self.optimizer, self.groups)
         weights = {"weights": partitions.gathered_weights(self.parameters)} if self.low else {}
-        return {"optimizer": {"state": state, "param_groups": self.groups}, **self.counters(), **weights}
+        return {"optimizer": {"state": state, "param_groups": groups}, **self.counters(), **weights}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from there. All ranks call it."""
@@ -134,6 +134,7 @@ class DeepSpeedLearner(TorchLearner):
             return
         self.load_counters(saved)
         partitions.put(self.optimizer, self.order, saved["optimizer"]["state"])
+        partitions.put_settings(self.optimizer, saved["optimizer"]["param_groups"])
         known = saved.get("weights") or dict(enumerate(self.policy.parameters()))
         partitions.put_weights(self.optimizer, self.parameters, [known[i] for i in range(len(self.parameters))])
 

@@ -72,15 +72,15 @@ def test_a_run_that_has_ended_stays_as_it_ended(tmp_path: Path, run_dir: Path) -
 def test_folders_of_starts_that_were_killed_are_removed(tmp_path: Path, run_dir: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    job = {"run_dir": str(run_dir), "host": socket.gethostname(), "parent": ended.pid}
+    job = {"host": socket.gethostname(), "parent": ended.pid}
     starts = {
         "run.ranks-1": job,
         "run.ranks-2": {**job, "parent": os.getpid()},
         "run.ranks-3": {**job, "host": "another"},
-        "run.ranks-4": {**job, "run_dir": str(tmp_path / "other")},
+        "other.ranks-4": job,
     }
     for name, content in starts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "job.json").write_text(json.dumps(content))
     remove_left(run_dir)
-    assert sorted(path.name for path in tmp_path.glob("run.ranks-*")) == ["run.ranks-2", "run.ranks-3", "run.ranks-4"]
+    assert sorted(path.name for path in tmp_path.glob("*.ranks-*")) == ["other.ranks-4", "run.ranks-2", "run.ranks-3"]
