@@ -51,14 +51,14 @@ def gathered(zero: Any, parameters: Sequence[nn.Parameter]) -> dict[int, dict[st
     return found
 
 
-def gathered_weights(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+def gathered_weights(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The float32 weights of the optimiser, on the CPU of rank 0. All ranks call it."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     found: dict[int, Tensor] = {}
     for i, parameter in enumerate(parameters):
         kept(found, i, safe_get_full_fp32_param(parameter))
-    return found
+    return list(found.values())
 
 
 def settings(zero: Any, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

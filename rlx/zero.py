@@ -135,8 +135,7 @@ class DeepSpeedLearner(TorchLearner):
         self.load_counters(saved)
         partitions.put(self.optimizer, self.order, saved["optimizer"]["state"])
         partitions.put_settings(self.optimizer, saved["optimizer"]["param_groups"])
-        known = saved.get("weights") or dict(enumerate(self.policy.parameters()))
-        partitions.put_weights(self.optimizer, self.parameters, [known[i] for i in range(len(self.parameters))])
+        partitions.put_weights(self.optimizer, self.parameters, saved.get("weights") or self.policy.parameters())
 
 
 def imported() -> Any:
