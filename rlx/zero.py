@@ -113,6 +113,8 @@ class DeepSpeedLearner(TorchLearner):
             if self.stage and not self.steps:
                 partitions.check_divisible(self.optimizer, self.name)
             if self.stage == 3:
+                # DeepSpeed would use a weight's gradient once more in a step in which it has none.
+                self.optimizer.grad_partitions_flat_buffer.zero_()
                 publish(self.trained, self.policy)
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
