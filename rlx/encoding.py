@@ -56,7 +56,11 @@ class Encoder:
     @cached_property
     def places(self) -> dict[int, tuple[str, int]]:
         """The name and number of the row of each task."""
-        return {id(row.task): (name, i) for name, rows in self.rows.items() for i, row in enumerate(rows)}
+        found: dict[int, tuple[str, int]] = {}
+        for name, rows in self.rows.items():  # the first that has it: rows that others select from are read before those
+            for i, row in enumerate(rows):
+                found.setdefault(id(row.task), (name, i))
+        return found
 
     def plain(self, x: Any, at: str) -> Any:
         """A value as JSON has it; `at` is its place."""

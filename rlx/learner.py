@@ -424,10 +424,11 @@ def own_units(
     shortest unit once more, with the share 0.
     """
     size = [x.length for x in batch.inputs]
-    most = token_budget
-    if less < 1.0 or world.size() > 1:
-        most = max(1, int(less * min(token_budget, math.ceil(sum(size) / world.size()))))
-    parts = policy.split(batch, most, whole_groups=whole_groups)
+    most, parts = token_budget, policy.split(batch, token_budget, whole_groups=whole_groups)
+    wanted = max(world.size(), math.ceil(len(parts) / less))
+    while len(parts) < wanted and most > 1:  # what a prompt that answers share counts, only the policy knows
+        most = min(most, sum(size)) // 2
+        parts = policy.split(batch, most, whole_groups=whole_groups)
     every = dealt([sum(size[i] for i in part) for part in parts], world.size())
     own = [(batch.take(parts[i]), 1.0) for i in every[world.rank()]]
     shortest = min(parts, key=lambda part: sum(size[i] for i in part))

@@ -178,7 +178,7 @@ def note(run_dir: Path, status: str, error: str, traceback: str = "") -> None:
     path = run_dir / "run.json"
     with contextlib.suppress(OSError):  # the disk may be what failed, and there may be no run yet
         info = json.loads(path.read_text(encoding="utf-8"))
-        if info["status"] not in ("running", status):
+        if info["status"] != "running" and (info["status"], status) != ("failed", "failed"):
             return
         beside = path.with_name(path.name + ".partial")
         beside.write_text(json.dumps({**info, "status": status, "error": error}, indent=1), encoding="utf-8")

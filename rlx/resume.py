@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlx.types import Episode
+from rlx.types import ConfigError, Episode
 
 VERSION = 1
 MANIFEST = "manifest.json"  # of the other two: the step, their sizes and hashes, and how long the logs were
@@ -41,7 +41,7 @@ class States:
     """The states of one stage, in `folder`/step-000080. `logs` are files to which its steps append.
 
     `found` is the newest whole one. States that are not whole are told (`say`) and
-    removed. Every rank reads them, rank 0 writes.
+    set aside. Every rank reads them, rank 0 writes.
     """
 
     def __init__(self, folder: Path, save: Save, logs: Sequence[Path], say: Callable[[str], None], code: str = "") -> None:
@@ -74,7 +74,7 @@ class States:
                     self.say(f"! the state of step {number(path)} is of other code than this")
                 return manifest
             self.say(f"! the state of step {number(path)} is skipped: {wrong}")
-            shutil.rmtree(path)
+            path.rename(path.with_name(f"{path.name}.{time.time_ns()}.broken"))
         return None
 
     def read(self, rows: Mapping[str, Sequence[Episode]]) -> dict[str, Any] | None:
@@ -147,12 +147,18 @@ def number(path: Path) -> int:
 
 
 def verified(path: Path, logs: Sequence[Path]) -> tuple[dict[str, Any], str]:
-    """The manifest of a state and what is wrong with it."""
+    """The manifest of a state and what is wrong with it. Raises ConfigError where another rlx wrote it, or none can read it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["version"] != VERSION:
-            return {}, f"it is of version {manifest['version']}, this rlx reads {VERSION}"
-        for file, wanted in manifest["files"].items():
+            raise ConfigError(
+                f"{path}: a state of version {manifest['version']}, and this rlx reads {VERSION}; go on with the one that "
+                "wrote it, or remove it to begin the stage anew"
+            )
+        if (manifest["step"], type(manifest["code"])) != (number(path), str):
+            return {}, f"{MANIFEST} is of another state"
+        for file in (TREE, TENSORS):
+            wanted = manifest["files"][file]
             size = (path / file).stat().st_size
             if size != wanted["bytes"]:
                 return {}, f"{file} has {size} bytes instead of {wanted['bytes']}"
@@ -161,7 +167,13 @@ def verified(path: Path, logs: Sequence[Path]) -> tuple[dict[str, Any], str]:
         for log in logs:
             if log.stat().st_size < manifest["logs"][log.name]:
                 return {}, f"{log.name} has lost lines"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):  # it may be whole: a disk that does not answer is no reason to begin anew
+            raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return {}, f"{Path(error.filename).name} is missing"
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         return {}, f"{getattr(error, 'filename', None) or MANIFEST} cannot be read ({type(error).__name__})"
     return manifest, ""
 

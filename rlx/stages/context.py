@@ -99,7 +99,7 @@ class Sources:
         from rlx.data.files import jsonl_rows
         from rlx.data.formats import placed_episodes
 
-        name = f"{ref.stage}/{ref.split}" if ref.source is None else repr(ref.source)
+        name = f"{ref.stage}/{ref.split}" if ref.source is None else written(ref.source)
         if name not in self.rows:
             if ref.source is not None:
                 self.rows[name] = ref.source.call()
@@ -266,6 +266,11 @@ class Context(Sources):
             self.since_best += 1
         if patience is not None and self.since_best >= patience:
             self.log.stop(f"{self.objective} has not improved in {patience} evaluations")
+
+
+def written(source: Component[Any]) -> str:
+    """A data set by its name and settings: the same in every process."""
+    return f"{source.name} {json.dumps(source.settings, sort_keys=True, default=lambda x: [x.name, x.settings])}"
 
 
 def checkpoint_name(pick: str) -> str:

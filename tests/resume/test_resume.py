@@ -212,7 +212,7 @@ def lose_lines(path: Path) -> None:
 BROKEN = {
     truncate: "tensors.safetensors has 100 bytes instead of ",
     flip: "tensors.safetensors is not what was written",
-    unmark: "cannot be read (FileNotFoundError)",
+    unmark: "manifest.json is missing",
     lose_lines: "metrics.jsonl has lost lines",
 }
 

@@ -75,6 +75,8 @@ def test_gpus_in_use_and_idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert idle_gpus(all_) == ""
     with pytest.raises(ConfigError, match=r"launch.gpus: 4 asked for, but 3 visible"):
         chosen_gpus(Launch(name="zero2", stage=2, gpus=4))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,-1,5")
+    assert chosen_gpus(all_) == ["2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert chosen_gpus(two) == ["0", "1"]
     with pytest.raises(ConfigError, match=r"no GPU is visible here; launch.gpus=2 trains in two processes on the CPU"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, dealt
+from rlx.learner import NonFinite, TorchLearner, Update, dealt, own_units
 from rlx.losses import likelihood, policy, watch
 from rlx.models.language import LanguageModel
 from rlx.models.layout import num_ids
@@ -352,6 +352,17 @@ def test_units_are_dealt_evenly() -> None:
         assert sorted(i for own in found for i in own) == list(range(6))
         load = [sum(sizes[i] for i in own) for own in found]
         assert max(load) - min(load) <= max(sizes)
+
+
+def test_smaller_units_are_smaller_whatever_bounds_them() -> None:
+    """With a budget above what the batch has, and with one that is what it has once shared prompts count once."""
+    made = model()
+    batch = batch_of(made, 4)
+    for budget in (10**6, num_ids([x.ids for x in batch.inputs])):
+        whole, half = own_units(made, batch, budget), own_units(made, batch, budget, 0.5)
+        assert len(half) >= 2 * len(whole) >= 2
+        assert sum(len(unit.inputs) for unit, _ in half) == 4
+    assert len(own_units(made, batch, 1, 0.5)) == 4
 
 
 def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ cli
 # These know nothing of what is above them but the types, so that anything may use them.
 APART = {
     "catalogue": set(),
-    "paths": set(),
+    "paths": {"types"},
     "source": {"catalogue", "paths"},
     "health": set(),
     "track": {"types"},
@@ -82,7 +82,7 @@ APART = {
     "build": {"types", "catalogue"},
     "world": set(),
     "launch": {"types", "build"},
-    "ranks": {"types", "launch"},
+    "ranks": {"types", "stopping", "launch"},
     "unroll": {"build"},
     "references": {"types", "build"},
     "relations": {"types", "build", "launch"},
