@@ -425,7 +425,7 @@ def own_units(
     """
     size = [x.length for x in batch.inputs]
     most, parts = token_budget, policy.split(batch, token_budget, whole_groups=whole_groups)
-    wanted = max(world.size(), math.ceil(len(parts) / less))
+    wanted = math.ceil(max(world.size(), len(parts)) / less)
     while len(parts) < wanted and most > 1:  # what a prompt that answers share counts, only the policy knows
         most = min(most, sum(size)) // 2
         parts = policy.split(batch, most, whole_groups=whole_groups)

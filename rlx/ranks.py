@@ -87,7 +87,7 @@ def remove_left(run_dir: Path) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             job = json.loads(path.read_text(encoding="utf-8"))
             ours = path.parent.name.startswith(f"{run_dir.name}.ranks-") and job["host"] == socket.gethostname()
-            if ours and not Path("/proc", str(job["parent"])).exists():
+            if ours and not alive(job["parent"]):
                 shutil.rmtree(path.parent, ignore_errors=True)
 
 
@@ -141,13 +141,24 @@ def kill(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and that nobody has waited for does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except PermissionError:  # another user's
+        return True
+    except OSError as error:  # gone; or a system without /proc
+        return sys.platform != "linux" and not isinstance(error, ProcessLookupError)
+
+
 def note_the_dead(folder: Path) -> None:
     """Write an error for each rank of this machine that has died without a word: its neighbours only know that it is gone."""
     for path in folder.glob("rank-*.pid"):
         pid, _, host = path.read_text(encoding="utf-8").partition(" ")
-        state, error = Path("/proc", pid, "stat"), path.with_suffix(".error")
-        alive = state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
-        if host == socket.gethostname() and not alive and not error.exists() and not stacks(path.with_suffix(".stacks")):
+        error = path.with_suffix(".error")
+        told = error.exists() or stacks(path.with_suffix(".stacks"))
+        if host == socket.gethostname() and not alive(int(pid)) and not told:
             number = path.stem.removeprefix("rank-")
             text = f"rank {number} has died (killed from outside, or out of memory) in {phase_of(folder, number)}"
             record = {"kind": GONE, "time": 0.0, "status": 1, "message": text + tail(folder, number), "traceback": ""}

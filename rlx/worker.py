@@ -101,12 +101,11 @@ def speak_into(path: Path) -> None:
 
 def end_with(parent: int) -> None:
     """End this rank where the process that started it is gone."""
-    while True:
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
-            os._exit(1)
+    from rlx.ranks import alive
+
+    while alive(parent):
         time.sleep(1.0)
+    os._exit(1)
 
 
 if __name__ == "__main__":
