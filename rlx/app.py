@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlx.build import Binder
 from rlx.compose import Composed, compose, hydra_multirun, prepare, recipes, store, words
+from rlx.launch import Launch, idle_gpus, launch_of
+from rlx.paths import default_run_dir, writable
 from rlx.plan import Plan, bind_objective, plan
+from rlx.ranks import train_in_ranks
 from rlx.report.read import JOBS, job_run
-from rlx.types import ConfigError
+from rlx.stopping import stoppable
+from rlx.types import ConfigError, Failed
 
 SWEEP = "sweep.json"
 
@@ -34,27 +42,79 @@ def planned(arguments: list[str], extra: Path | None, trust: list[str]) -> tuple
 
 def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: str = "") -> None:
     """Run a recipe, then print where the run is and its final table. `sweep` names the sweep that this is a job of."""
-    composed, made = planned(arguments, extra, trust)
+    composed = compose(arguments, extra)
+    for line in composed.notices:
+        print(f"note: {line}")
+    given = composed.config.pop("run_dir", None)
+    run_dir = Path(str(given)) if given else default_run_dir(composed.config["recipe"])
+    known = {"swapped": composed.swapped, "given": composed.given}
+    words = {"command": sys.argv, "overrides": composed.overrides, "sweep": sweep}
+    carry_out(composed.config, known, run_dir, trust, **words)
 
+
+def resume(run_dir: Path, trust: list[str]) -> None:
+    """Go on with a run by the config in its directory."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        there = "holds a sweep: start that again with its `rlx train -m` and run_dir" if (run_dir / SWEEP).is_file() else ""
+        raise ConfigError(f"{run_dir}: {there or 'holds no run (no config.yaml); expected the directory of one'}")
+    carry_out(yaml.safe_load(saved.read_text(encoding="utf-8")), {}, run_dir, trust, resume=True)
+
+
+def carry_out(config: dict[str, Any], known: Mapping[str, Any], run_dir: Path, trust: list[str], **how: Any) -> None:
+    """Run a config in its directory; then print its final table. Raises Failed, with 128 + the signal that stopped it.
+
+    `known`: what `plan` is told of how the config came about; `how`: what `run` notes down.
+    """
     from rlx.report.read import load_run
     from rlx.report.tables import final_table
-    from rlx.run import Failed, default_run_dir, run
 
-    given = made.config.pop("run_dir", None)
-    run_dir = Path(given) if given else default_run_dir(made.config["recipe"])
-    print(f"run directory: {run_dir}", flush=True)
+    launch = launch_of(config)
+    if idle := idle_gpus(launch):
+        print(f"note: {idle}")
+    start = run_here if launch.stage is None else functools.partial(run_there, launch)
     try:
-        run(made, run_dir, command=sys.argv, overrides=composed.overrides, sweep=sweep)
-    except KeyboardInterrupt:
-        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, run_dir)}", 130) from None
+        start(config, known, run_dir, trust, how)
+    except KeyboardInterrupt as end:
+        words = shlex.join(["rlx", "resume", *options(None, trust), str(run_dir)])
+        raise Failed(f"interrupted; go on with: {words}", status_of(end)) from None
     print("\n" + final_table(load_run(run_dir)))
     print(f"\nrun directory: {run_dir}\nlook at it:    rlx report {run_dir}")
 
 
-def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path, *flags: str) -> str:
-    """The command that takes up a run or a sweep in its directory."""
+def run_here(config: dict[str, Any], known: Mapping[str, Any], run_dir: Path, trust: list[str], how: dict[str, Any]) -> None:
+    """Run in this process."""
+    made = plan(config, trusted=trust, **known)
+    for line in made.notices:
+        print(f"note: {line}")
+
+    from rlx.run import alone, run
+
+    print(f"run directory: {run_dir}", flush=True)
+    with writable(run_dir):
+        pass
+    with alone(run_dir, "run"):
+        run(made, run_dir, **how)
+
+
+def run_there(
+    launch: Launch, config: dict[str, Any], known: Mapping[str, Any], run_dir: Path, trust: list[str], how: dict[str, Any]
+) -> None:
+    """Run in processes of their own, which get the resolved config and compose nothing."""
+    job = {"config": {**config, "launch": dataclasses.asdict(launch)}, "trust": trust, "how": how}
+    print(f"run directory: {run_dir}", flush=True)
+    train_in_ranks(launch, {**job, "known": {name: sorted(keys) for name, keys in known.items()}}, run_dir)
+
+
+def status_of(end: KeyboardInterrupt) -> int:
+    """A shell's exit status for the signal that interrupted: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + int(end.args[0] if end.args else signal.SIGINT)
+
+
+def again(arguments: list[str], extra: Path | None, trust: list[str], folder: Path) -> str:
+    """The command that takes up a sweep in its directory."""
     kept = [a for a in arguments if not a.startswith("run_dir=")]
-    return shlex.join(["rlx", "train", *flags, *options(extra, trust), *kept, f"run_dir={folder}"])
+    return shlex.join(["rlx", "train", "-m", *options(extra, trust), *kept, f"run_dir={folder}"])
 
 
 def options(extra: Path | None, trust: list[str]) -> list[str]:
@@ -68,7 +128,6 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     Raises Failed where a job failed, ConfigError where the directory holds another sweep's jobs.
     """
     from rlx.report.tables import sweep_table
-    from rlx.run import Failed, stoppable
 
     known = recipes(extra)
     folder = [a.partition("=")[2] for a in arguments if a.startswith("run_dir=")]
@@ -83,8 +142,8 @@ def sweep(arguments: list[str], extra: Path | None, trust: list[str]) -> None:
     try:
         with stoppable():
             hydra_multirun([*texts, f'hydra.sweep.dir="{root}"'], job)
-    except KeyboardInterrupt:
-        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root, '-m')}", 130) from None
+    except KeyboardInterrupt as end:
+        raise Failed(f"interrupted; go on with: {again(arguments, extra, trust, root)}", status_of(end)) from None
     except ConfigError:
         raise
     except ValueError:  # of a sweeper that looks for the best of its trials where all have failed
@@ -119,16 +178,6 @@ def same_sweep(root: Path, given: list[str]) -> None:
                 f"directory. What differs (there -> now):\n{shown}"
             )
     write_json(root / SWEEP, now)
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Raises ConfigError where the sweep's directory cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror}); choose another with run_dir=DIR") from error
 
 
 def sweep_job(root: Path, command: list[str], _: Any) -> float | None:
@@ -242,9 +291,9 @@ def reproduce(
 ) -> int:
     """Run a claim and write its result; the exit status of its verdict."""
     from rlx.claims import EXIT_STATUS, MINUTES, claim_of, seed_problems
-    from rlx.reproduce import alone
     from rlx.reproduce import reproduce as run_claim
     from rlx.result import record
+    from rlx.run import alone
 
     given = words(arguments)
     changes = [word for word in given if not word.startswith("recipe=")]
@@ -254,12 +303,14 @@ def reproduce(
     config = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given).config
     if claim.minutes > MINUTES and not long:
         raise ConfigError(f"this claim takes up to {claim.minutes} minutes on two cores: `make claims` runs it, or --long")
+    if (launch := launch_of(config)).stage is not None:
+        raise ConfigError(f"launch={launch.name}: a claim runs each of its stages in one process; leave it out")
     chosen = whole_numbers(seeds) if seeds else claim.seeds
     name = f"paper-{slug}" if paper else slug
     root = Path("runs") / "reproduce" / name
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
     folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
-    with alone(root):
+    with alone(root, "claim"):
         result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
         page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
     print(text)

@@ -70,8 +70,8 @@ def train(
 ) -> None:
     """Train a recipe, stage by stage.
 
-    Any key of the recipe can be changed on the command line. A run that was stopped goes on when it is started again with
-    the same settings and its run_dir: stages that are done are skipped.
+    Any key of the recipe can be changed on the command line. A run that was stopped goes on with `rlx resume`, or when it
+    is started again with the same settings and its run_dir.
 
     \b
       rlx train grpo_math
@@ -80,6 +80,7 @@ def train(
       rlx train grpo_math scale=smoke              two steps of everything
       rlx train -m grpo_math seed=0,1,2 stages.rl.lr=1e-4,3e-4
       rlx train grpo_math track=wandb
+      rlx train grpo_math launch=zero2 launch.gpus=8
     """
     from rlx import app as run
 
@@ -88,6 +89,26 @@ def train(
         run.sweep(overrides, recipes, trust or [])
     else:
         run.train(overrides, recipes, trust or [], sweep=job_of)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run that has not finished.")],
+    trust: Trust = None,
+) -> None:
+    """Go on with a run that was stopped or killed.
+
+    Stages that are done are skipped. The first that is not goes on from its last state, to the same metrics as if nothing
+    had happened (on the same machine). SIGTERM and Ctrl-C write a state after the step; `save.minutes` (5) and `save.steps`
+    say how often one is written anyway. Exit status of a run that was stopped: 130 after Ctrl-C, 143 after SIGTERM.
+
+    \b
+      rlx resume runs/mine
+      rlx resume runs/mine --trust ./my_reward.py
+    """
+    from rlx import app as run
+
+    run.resume(run_dir, trust or [])
 
 
 @app.command()
@@ -268,12 +289,10 @@ def main() -> None:
 
 def told(error: Exception) -> int | None:
     """The exit status of an error whose message is all there is to say; None for a mistake of rlx's own."""
-    from rlx.types import ConfigError
+    from rlx.types import ConfigError, Failed
 
     if isinstance(error, ConfigError):
         return 2
-    from rlx.run import Failed
-
     return error.status if isinstance(error, Failed) else None
 
 

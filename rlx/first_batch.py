@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rlx import memory, probes
+from rlx.launch import launch_of, num_ranks
 from rlx.learner import mask_of, reduced, step_counts, units
 from rlx.memory import Sizes
 from rlx.models.language import LanguageModel
@@ -31,7 +32,7 @@ from rlx.stages.models import ModelSpec, with_models
 from rlx.stages.online import Online
 from rlx.stages.prepare import columns as add_columns
 from rlx.stages.prepare import credit, fill
-from rlx.stages.rows import shuffled, tokenized, with_columns
+from rlx.stages.rows import Shuffled, tokenized, with_columns
 from rlx.stages.summary import average
 from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
 
@@ -114,7 +115,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     made = tokenized(rows, model, stage.max_length, f"{where}.data")
     if len(made) < len(rows) and (masked := sum(not model.tokenize(row).num_tokens for row in rows)):
         raise DataError(f"{where}.data: {masked} of {len(rows)} rows have no token that is trained on (see `rlx data show`)")
-    first = next(shuffled(made, stage.rows_per_step, at.seeds(), f"{where}.rows_per_step"))
+    first = next(Shuffled(made, stage.rows_per_step, at.seeds(), f"{where}.rows_per_step"))
     lengths = [num_tokens(row) for row in first]
     trained = sum(row.num_tokens for row in first) / sum(lengths)
     yield f"first batch: {len(first)} rows of {spread(lengths)} tokens; {trained:.1%} of the positions are trained on"
@@ -129,6 +130,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     yield from memory.estimate(
         real, reference, rows=stage.rows_per_step, prompt=prompt, answer=answer, budget=stage.token_budget
     )
+    yield from ranks(models, real, reference)
 
 
 def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
@@ -138,7 +140,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     yield f"{columns(rows)}"
     specs = stage.specs()
     model, real = models.get(specs["policy"].from_)
-    first = next(shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
+    first = next(Shuffled(rows, stage.prompts_per_step, at.seeds(), f"{where}.prompts_per_step"))
     limit, speaks = at.max_new_tokens(stage.max_new_tokens), hasattr(model, "render")
     prompts = [len(model.render(at.make_env().reset(row.task))) if speaks else 0 for row in first]
     longest = max(prompts)
@@ -187,9 +189,16 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         budget=stage.token_budget,
         decoded=min(episodes, Sampling(limit).rows),
     )
+    yield from ranks(models, real, reference)
 
 
 # --------------------------------------------------------------------------- what they print
+def ranks(models: Models, real: Sizes, reference: Sizes | None) -> list[str]:
+    """The memory of each rank, where there are several."""
+    launch = launch_of(models.plan.config)
+    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch)) if launch.stage is not None else []
+
+
 def columns(rows: list[Episode]) -> str:
     """How many rows there are, and what they have."""
     has = {
@@ -220,7 +229,7 @@ def losses(stage: Fit | Online, models: Models, episodes: list[Episode], where: 
         credit(batch, derive, advantage)
         counts = step_counts(batch, u.loss)
         values = {term.name: 0.0 for term in u.loss}
-        for unit in units(batch, BUDGET, whole_groups=True):
+        for unit in units(model, batch, BUDGET, whole_groups=True):
             fields = {**unit, **model.forward(unit, (reads(u.loss) | {"logp"}) & model.offers, temperature)}
             for term in u.loss:
                 values[term.name] += float(reduced(term, fields, u.reduce, counts[mask_of(term)]))

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 
 from rlx.plan import plan
-from rlx.run import make_tracker, quiet, run_stage, stoppable, versions
+from rlx.run import make_tracker, quiet, run_stage, versions
 from rlx.source import code_hash
+from rlx.stopping import stoppable
 from rlx.track import Lines
 from rlx.types import ConfigError
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlx import world
+from rlx.models.parts import blocks
 from rlx.optim import factor
 from rlx.reduce import token_mean
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
@@ -83,18 +86,52 @@ class NonFinite(RuntimeError):
     """A loss or gradient that is not a number: the run stops with the last good weights kept."""
 
 
-class TorchLearner:
-    """One process. `optim` binds an optimiser of the catalogue; `total` is the number of optimiser steps of the schedule."""
+class Learner(Protocol):
+    """What trains one model. `steps` optimiser steps and `tokens` trained tokens have been taken so far."""
 
-    def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> None:
+    steps: int
+    tokens: int
+
+    def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
+        """Train on a batch; the metrics."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up, of whatever learner it is."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there. The policy has the weights of that moment."""
+        ...
+
+
+class MakeLearner(Protocol):
+    """TorchLearner, or another learner that is made of the same."""
+
+    def __call__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int) -> Learner:
+        """(policy, optimiser of the catalogue, peak learning rate, optimiser steps of the schedule) -> a learner of it."""
+        ...
+
+
+class TorchLearner:
+    """One process. `optim` binds an optimiser of the catalogue; `total` is the number of optimiser steps of the schedule.
+
+    `trained` is what computes the gradient, where that is another copy of the weights than `policy`.
+    """
+
+    repeats = True  # an optimiser step that memory did not suffice for can be taken again
+
+    def __init__(self, policy: Policy, optim: Component[Any], *, lr: float, total: int, trained: Policy | None = None) -> None:
         self.policy = policy
         self.lr = lr
         self.total = total
         self.settings = {"clip": 1.0, "schedule": "constant", "warmup": 0, **optim.settings}
-        self.parameters = policy.parameters()
+        self.trained = trained or policy
+        self.parameters = self.trained.parameters()
         self.optimizer = optim.call(self.parameters, lr)
         self.steps = 0
         self.tokens = 0
+        self.share = 1.0  # of a unit: halved where memory did not suffice
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
@@ -105,6 +142,10 @@ class TorchLearner:
         shares of two halves of the prompts in the gradient g1 + g2: the halves are independent, so its expectation is the
         trace of the gradient's covariance.
         """
+        with world.phase("an update"):
+            return self._step(batch, update, seed)
+
+    def _step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
         shown: list[dict[str, Tensor]] = []
         rng = np.random.default_rng(seed)
         together = blocks(batch, whole_groups=update.whole_groups)
@@ -117,9 +158,47 @@ class TorchLearner:
         means = {
             name: torch.stack([m[name] for m in shown if name in m]) for name in dict.fromkeys(k for m in shown for k in m)
         }
-        return {name: float(x.max() if name.endswith("/max") else x.mean()) for name, x in means.items()}
+        found = [x.max() if name.endswith("/max") else x.mean() for name, x in means.items()]
+        copied = torch.stack([x.to(self.policy.device) for x in found]).tolist() if found else []  # one copy for all
+        return dict(zip(means, copied, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes up: the optimiser's moments, the place in the schedule, the states of terms."""
+        return {"optimizer": self.optimizer.state_dict(), **self.counters()}
+
+    def counters(self) -> dict[str, Any]:
+        """What is known of the steps besides the optimiser's state."""
+        return {"steps": self.steps, "tokens": self.tokens, "share": self.share, "state": self.state}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there. `weights`: those of an optimiser that had its own, more exact than the policy's."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.load_counters(saved)
+        if "weights" in saved:
+            for weight, exact in zip(self.parameters, saved["weights"], strict=True):
+                weight.copy_(exact)
+
+    def load_counters(self, saved: Mapping[str, Any]) -> None:
+        """Set what `counters` gave. Units stay as small as they have had to be, there or here."""
+        self.steps, self.tokens, self.share = saved["steps"], saved["tokens"], min(self.share, saved["share"])
+        self.state = {name: x.to(self.policy.device) for name, x in saved["state"].items()}
 
     def _optimise(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
+        """One optimiser step; where memory does not suffice, once more with half the token budget, which stays halved."""
+        try:
+            return self._attempt(batch, update, check_gap=check_gap)
+        except torch.OutOfMemoryError:
+            if self.share < 1.0 or not self.repeats:
+                raise
+        self.share = 0.5
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"! out of memory: token_budget {update.token_budget} is halved, and the step repeated", flush=True)
+        return self._attempt(batch, update, check_gap=check_gap)
+
+    def _attempt(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         counts = step_counts(batch, [*update.loss, *update.watch])
         if not any(batch[name].any() for name in counts):
             raise NonFinite("no token of this batch is trained on: every mask is empty")
@@ -130,42 +209,68 @@ class TorchLearner:
         wants = (update.reads | ({"logp"} if check_gap else set())) & self.policy.offers
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
-        seen: list[dict[str, Tensor]] = []
+        seen: dict[str, Tensor] = {}
         parts = halves(batch) if update.grad_variance else [batch]
-        cut = [(i, u) for i, p in enumerate(parts) for u in units(p, update.token_budget, whole_groups=update.whole_groups)]
-        slopes = self._slopes(batch, update, counts, metrics, wants) if update.whole_batch and len(cut) > 1 else None
-        for i, unit in cut:
-            if i == 1 and not half:
-                half = [gradient(p).clone() for p in self.parameters]
-            out = self.policy.forward(unit, wants, update.temperature)
-            if slopes is None:
-                loss = total(update, {**self.state, **unit, **out}, counts, metrics)
-            else:
-                loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            seen.append({**unit, **{name: x.detach() for name, x in out.items()}})
-            with torch.no_grad():
-                diagnose(update, {**self.state, **unit, **out}, counts, metrics, check_gap=check_gap)
+        budget, whole, less = update.token_budget, update.whole_groups, self.share
+        cut = [
+            (i, *own) for i, part in enumerate(parts) for own in own_units(self.policy, part, budget, less, whole_groups=whole)
+        ]
+        coupled = update.whole_batch and (len(cut) > 1 or world.size() > 1)
+        slopes = self._slopes(batch, update, counts, metrics, wants) if coupled else None
+        with self.policy.autocast():  # around all units, so that weights are cast once for each version of them
+            for n, (i, unit, share) in enumerate(cut):
+                if i == 1 and not half:
+                    half = [gradient(p).clone() for p in self.parameters]
+                found: dict[str, Tensor] = {}
+                out = self._forward(unit, wants, update.temperature, last=n == len(cut) - 1)
+                with torch.autocast(self.policy.device.type, enabled=False):
+                    if slopes is None:
+                        loss = total(update, {**self.state, **unit, **out}, counts, found)
+                    else:
+                        loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
+                    self._backward(share * loss)
+                    with torch.no_grad():
+                        diagnose(update, {**self.state, **unit, **out}, counts, found, check_gap=check_gap)
+                        for name, x in found.items():
+                            add(metrics, name, share * x)
+                        for name in {name for *_, change in states(update) for name in arguments(change)} & out.keys():
+                            filled = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
+                            filled[unit["index"]] += share * out[name]
+        metrics = over_ranks(metrics)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
             metrics["grad_variance"] = torch.stack(list(differences)).sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+        scale = factor(self.steps, total=self.total, schedule=self.settings["schedule"], warmup=self.settings["warmup"])
+        norm = self._descend(self.lr * scale, allowed=bool(torch.isfinite(metrics["loss"])))
         if not torch.isfinite(norm) or not torch.isfinite(metrics["loss"]):
-            self.optimizer.zero_grad(set_to_none=True)
             terms = ", ".join(f"{name} {float(x):.4g}" for name, x in metrics.items() if name.startswith("loss"))
             raise NonFinite(
                 f"the loss or its gradient is not finite ({terms}, gradient norm {float(norm):.4g}) on the groups "
                 f"{sorted(set(batch['group'].tolist()))[:8]}; the weights are those before this step"
             )
-        scale = factor(self.steps, total=self.total, schedule=self.settings["schedule"], warmup=self.settings["warmup"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._next_state(update, seen)
+        self._next_state(update, {**batch, **{name: world.summed(seen[name]) for name in sorted(seen)}})
         self.steps += 1
         self.tokens += int(batch["mask"].sum())
-        return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)}
+        recorded = {"token_budget": torch.tensor(float(int(budget * self.share)))} if self.share < 1.0 else {}
+        return metrics | {"grad_norm": norm.detach(), "lr": torch.tensor(self.lr * scale)} | recorded
+
+    def _forward(self, unit: Batch, wants: set[str], temperature: float, *, last: bool) -> dict[str, Tensor]:
+        """The fields of a unit, with gradient; `last`: no unit of this optimiser step comes after it."""
+        return self.trained.forward(unit, wants, temperature)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add this unit's part to the gradient."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _descend(self, lr: float, *, allowed: bool) -> Tensor:
+        """Clip the gradient and take the step, if it is finite and `allowed`; the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"] or float("inf"))
+        if allowed and torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _slopes(
         self, batch: Batch, update: Update, counts: Mapping[str, Counts], metrics: dict[str, Tensor], wants: set[str]
@@ -179,6 +284,8 @@ class TorchLearner:
             for name, x in computed(self.policy, batch, wants, update.token_budget, update.temperature).items()
         }
         loss = total(update, {**self.state, **batch, **leaves}, counts, metrics)
+        for name in metrics:  # every rank has those of all sequences
+            metrics[name] = metrics[name] / world.size()
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
 
@@ -188,13 +295,16 @@ class TorchLearner:
             self.state.setdefault(name, torch.tensor(start, device=self.policy.device))
 
     @torch.no_grad()
-    def _next_state(self, update: Update, seen: list[dict[str, Tensor]]) -> None:
+    def _next_state(self, update: Update, fields: Mapping[str, Tensor]) -> None:
         """The next value of each state, from the fields of the whole step as they were before it."""
-        if not (found := states(update)):
-            return
-        fields = {**self.state, **{name: torch.cat([part[name] for part in seen]) for name in seen[0]}}
-        for name, _, change in found:
-            self.state[name] = change(*(fields[read] for read in inspect.signature(change).parameters))
+        known = {**self.state, **fields}
+        for name, _, change in states(update):
+            self.state[name] = change(*(known[read] for read in arguments(change)))
+
+
+def arguments(call: Callable[..., Any]) -> list[str]:
+    """The names of what a function is called with."""
+    return list(inspect.signature(call).parameters)
 
 
 def states(update: Update) -> list[tuple[str, float, Callable[..., Tensor]]]:
@@ -237,11 +347,11 @@ def diagnose(
     """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's."""
     for watch in update.watch:
         x, by = watch.call(*(fields[name] for name in watch.reads)), mask_of(watch)
-        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by]))
+        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by], groups_of(watch, fields)))
     if check_gap:
         mask, tokens = fields["mask"], counts["mask"].tokens
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
-        metrics["gap/max"] = torch.maximum(metrics.get("gap/max", gap.max()), gap.max())
+        metrics["gap/max"] = gap.max()
         add(metrics, "gap/mean", gap.sum() / tokens)
 
 
@@ -261,18 +371,26 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
             f"loss {term.name!r} is one number for each {what}, averaged over {what}s; "
             f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
         )
-    return averaged(x, mask, (term.reduce or reduce).call, counts)
+    return averaged(x, mask, (term.reduce or reduce).call, counts, groups_of(term, fields))
 
 
-def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts) -> Tensor:
-    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is."""
+def groups_of(component: Component[Any], fields: Mapping[str, Tensor]) -> int:
+    """How many groups there are, for a component that compares the sequences of a group; 0 for any other."""
+    return len(set(fields["group"].tolist())) if "group" in component.reads else 0
+
+
+def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts, groups: int) -> Tensor:
+    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is.
+
+    A part of a batch may have as many groups as sequences: what reads `group` and gives `groups` numbers is of groups.
+    """
     if x.dim() == 2:
         return reduce(x, mask, counts)
     if x.dim() == 0:
         return x
-    if len(x) == len(mask):
-        return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
-    return x.sum() / counts.groups
+    if len(x) == groups or len(x) != len(mask):
+        return x.sum() / counts.groups
+    return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
 
 
 def halves(batch: Batch) -> list[Batch]:
@@ -287,39 +405,60 @@ def gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def blocks(batch: Batch, *, whole_groups: bool) -> list[list[int]]:
-    """The sequences that stay together, as indices: those of a group, or each by itself."""
-    if not whole_groups:
-        return [[i] for i in range(len(batch.inputs))]
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(batch["group"].tolist()):
-        members.setdefault(group, []).append(i)
-    return list(members.values())
-
-
-def units(batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Iterator[Batch]:
-    """Parts of at most `token_budget` padded tokens, of similar length, so that little is padding.
+def units(policy: Policy, batch: Batch, token_budget: int, *, whole_groups: bool = False) -> Iterator[Batch]:
+    """Parts of which one forward reads at most `token_budget` tokens, padding counted.
 
     A part has at least one sequence, or with `whole_groups` one group, however long that is.
     """
-    lengths = [x.length for x in batch.inputs]
-    prompts = [x.prompt for x in batch.inputs]
-    part: list[int] = []
-    prompt = answer = 0
-    for block in sorted(blocks(batch, whole_groups=whole_groups), key=lambda b: (max(lengths[i] for i in b), b[0])):
-        wide, long = max(prompts[i] for i in block), max(lengths[i] - prompts[i] for i in block)
-        if part and (max(prompt, wide) + max(answer, long)) * (len(part) + len(block)) > token_budget:
-            yield batch.take(part)
-            part, prompt, answer = [], 0, 0
-        part += block
-        prompt, answer = max(prompt, wide), max(answer, long)
-    if part:
-        yield batch.take(part)
+    return map(batch.take, policy.split(batch, token_budget, whole_groups=whole_groups))
+
+
+def own_units(
+    policy: Policy, batch: Batch, token_budget: int, less: float = 1.0, *, whole_groups: bool = False
+) -> list[tuple[Batch, float]]:
+    """The units of this rank, each with the share 1. In several ranks they are so small that each rank gets some.
+
+    `less` makes them smaller than the budget and the batch make them, where memory did not suffice.
+
+    Every rank has as many, because each is a collective where weights are divided: a rank that has fewer goes through the
+    shortest unit once more, with the share 0.
+    """
+    size = [x.length for x in batch.inputs]
+    most, parts = token_budget, policy.split(batch, token_budget, whole_groups=whole_groups)
+    wanted = math.ceil(max(world.size(), len(parts)) / less)
+    while len(parts) < wanted and most > 1:  # what a prompt that answers share counts, only the policy knows
+        most = min(most, sum(size)) // 2
+        parts = policy.split(batch, most, whole_groups=whole_groups)
+    every = dealt([sum(size[i] for i in part) for part in parts], world.size())
+    own = [(batch.take(parts[i]), 1.0) for i in every[world.rank()]]
+    shortest = min(parts, key=lambda part: sum(size[i] for i in part))
+    return own + [(batch.take(shortest), 0.0) for _ in range(max(map(len, every)) - len(own))]
+
+
+def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of some things of these sizes each rank gets: the largest first, to the rank that has least; in order."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        min(found, key=lambda own: sum(sizes[j] for j in own)).append(i)
+    return [sorted(own) for own in found]
 
 
 def add(metrics: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Sum a metric over units."""
-    metrics[name] = metrics[name] + value if name in metrics else value
+    """Add up a metric over units; of those called `/max`, keep the largest."""
+    put = torch.maximum if name.endswith("/max") else torch.add
+    metrics[name] = put(metrics[name], value) if name in metrics else value
+
+
+def over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of the whole step, where each rank has those of its units: two reductions, whatever there is."""
+    if world.size() == 1:
+        return metrics
+    made = dict(metrics)
+    for whole, combine in ((False, world.summed), (True, world.largest)):
+        names = [name for name in sorted(metrics) if name.endswith("/max") == whole]
+        if names:
+            made |= zip(names, combine(torch.stack([metrics[name].float() for name in names])), strict=True)
+    return made
 
 
 @torch.no_grad()
@@ -327,7 +466,8 @@ def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, t
     """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
-    for unit in units(numbered, token_budget):
-        for name, x in policy.forward(unit, wants, temperature).items():
-            out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] = x
-    return out
+    with policy.autocast():
+        for unit, share in own_units(policy, numbered, token_budget):
+            for name, x in policy.forward(unit, wants, temperature).items():
+                out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] += share * x
+    return {name: world.summed(out[name]) for name in sorted(out)}

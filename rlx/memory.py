@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rlx.types import ConfigError
+
 # Bytes a scored position takes for each entry of the vocabulary: five float32 copies of its logits are alive at the peak
 # of forward and backward.
 TRAINED_LOGIT = 20
@@ -64,6 +66,36 @@ def states(model: Sizes, reference: Sizes | None) -> int:
     """
     copies = 2 * model.weights if model.bf16 else 0
     return 4 * model.weights + 12 * model.trained + copies + (4 * reference.weights if reference else 0)
+
+
+def divided_states(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> int:
+    """The same on each of several ranks, under a stage of ZeRO.
+
+    Whole weights on every rank: it samples with them. With bfloat16 they have 2 bytes each (from stage 1 on), and the
+    optimiser's copy 4. Divided among ranks: from stage 1 the optimiser's 12 bytes (its weights and two moments; 8 in stage
+    0), from stage 2 the gradient's 4; in stage 3 a second copy of the weights, which is trained.
+    """
+    optimiser = (12 if stage else 8) * model.trained
+    parts = [(rollout_copy(model, stage) * (stage == 3), 3), (4 * model.trained, 2), (optimiser, 1)]
+    shared = sum(math.ceil(size / ranks) if stage >= divided else size for size, divided in parts)
+    return shared + rollout_copy(model, stage) + (4 * reference.weights if reference else 0)
+
+
+def rollout_copy(model: Sizes, stage: int) -> int:
+    """Bytes of the whole weights that each rank samples with."""
+    return (2 if model.bf16 and stage > 0 else 4) * model.weights
+
+
+def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> list[str]:
+    """What stays on each rank, in words. Raises ConfigError where the whole weights exceed a GPU: they are read in float32."""
+    copy, stays = rollout_copy(model, stage), divided_states(model, reference, stage, ranks)
+    room = min((torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())), default=None)
+    if room is not None and 4 * model.weights > room:
+        raise ConfigError(
+            f"launch: each rank samples with whole weights, {gigabytes(4 * model.weights)} when they are read, and a GPU has "
+            f"{gigabytes(room)}; take a smaller model, or sample with vLLM, which divides them"
+        )
+    return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with"]
 
 
 def activations(model: Sizes, tokens: int) -> int:

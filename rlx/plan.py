@@ -7,15 +7,18 @@ import dataclasses
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlx.build import Binder, hint, looks_local, model_offers, untrusted
+from rlx import relations
+from rlx.build import Binder, hint, looks_local, model_offers
 from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
-from rlx.types import Component, ConfigError, DataRef, Episode, Model, ModelName, ModelRef, Stage, TaskSource
+from rlx.references import check_refs, in_order, stage_refs
+from rlx.resume import Save
+from rlx.types import Component, ConfigError, Episode, Model, Stage, TaskSource
 from rlx.unroll import moved, unrolled
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
@@ -39,6 +42,7 @@ KEYS: dict[str, Any] = {
     "launch": dict[str, Any],
     "caps": dict[str, Any],
     "scale": str,
+    "save": Save,
 }
 
 # A stage is a folder of the run and a part of dotted paths; `@model` and `@task/...` already mean something.
@@ -74,6 +78,7 @@ class Plan:
     objective: tuple[str, str] = ("", "")
     inputs: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    save: Save = field(default_factory=Save)
 
 
 def plan(
@@ -85,9 +90,9 @@ def plan(
     for key in config:
         if key not in KEYS:
             binder.errors.append(f"{key}: no such key at the top of a recipe{hint(key, KEYS)}")
-    for key, want in KEYS.items():
-        if key in config:
-            binder.value(want, config[key], key)
+    bound = {key: binder.value(want, config[key], key) for key, want in KEYS.items() if key in config}
+    save = bound.get("save") or Save()
+    binder.errors += [f"save.{line}" for line in save.problems()]
     if isinstance(config.get("seed"), int) and config["seed"] < 0:
         binder.errors.append(f"seed: expected at least 0, got {config['seed']}")
     model = bind_model(binder, config.get("model", {"name": "tiny"}))
@@ -104,18 +109,11 @@ def plan(
     check_refs(binder, nodes, task, no_task=config.get("task") is None)
     order = in_order(binder, inputs)
     stages = {name: bind_stage(binder, name, nodes[name], model_offers(model)) for name in order}
-    check_rows(binder, stages)
-    check_models(binder, stages)
-    check_weights(binder, stages)
-    if not binder.errors:  # references may go round in circles
-        check_mixes(binder, stages, model)
-    check_verifier(binder, stages, no_task=config.get("task") is None)
-    if model is not None and model.settings.get("trust_remote_code"):
-        check_trust(binder, stages)
+    relations.check(binder, config, stages, model)
     objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
-    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices)
+    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices, save)
 
 
 def without(config: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
@@ -172,113 +170,6 @@ def verifier_of(task: TaskSource) -> Callable[[list[Episode]], Any]:
         return task.verifier(episodes)
 
     return verifier
-
-
-def check_verifier(binder: Binder, stages: Mapping[str, Any], *, no_task: bool) -> None:
-    """The reward `verifier` (the catalogue's, not a function of the user's) needs a task."""
-    for name, stage in stages.items():
-        calls = [getattr(reward.call, "func", None) for reward in getattr(stage, "reward", []) if reward is not None]
-        if no_task and any(call.__module__ == "rlx.rewards.rules" and call.__name__ == "verifier" for call in calls if call):
-            binder.errors.append(f"stages.{name}.reward: the recipe has no task, so it has no verifier; give task=NAME")
-
-
-def check_models(binder: Binder, stages: Mapping[str, Any]) -> None:
-    """A setting that names a model of the stage stands where the stage puts the model in its place."""
-    for name, stage in stages.items():
-        for f in dataclasses.fields(stage) if stage is not None else ():
-            if f.name not in getattr(stage, "gives_models_to", ()):
-                for component, key in model_names(getattr(stage, f.name)):
-                    binder.errors.append(
-                        f"stages.{name}.{f.name}: {component!r} is given a model of the stage ({key}), which works in "
-                        "the reward, keep and sampler of online and collect only"
-                    )
-
-
-def model_names(node: Any) -> Iterator[tuple[str, str]]:
-    """(component, key) of each setting below a node that names a model of the stage."""
-    if isinstance(node, Component):
-        yield from ((node.name, key) for key, value in node.settings.items() if isinstance(value, ModelName))
-        children: Any = node.settings.values()
-    elif dataclasses.is_dataclass(node):
-        children = [getattr(node, f.name) for f in dataclasses.fields(node)]
-    else:
-        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from model_names(child)
-
-
-def check_rows(binder: Binder, stages: Mapping[str, Any]) -> None:
-    """`data: "@x"` names a stage that writes rows, `@x/medium` one that selects some under this name."""
-    for name, stage in stages.items():
-        ref = getattr(stage, "data", None)
-        source = ref.stage if isinstance(ref, DataRef) else ""
-        if not isinstance(ref, DataRef) or not source or stages.get(source) is None:
-            continue
-        selects = getattr(stages[source], "writes", [])
-        if ref.split and ref.split not in selects:
-            binder.errors.append(f"stages.{name}.data: stage {source!r} selects no {ref.split!r}{hint(ref.split, selects)}")
-        elif not ref.split and not getattr(stages[source], "writes_rows", False):
-            binder.errors.append(
-                f"stages.{name}.data: stage {source!r} writes no rows; expected @task/SPLIT, a stage that does, or a data set "
-                "such as {name: jsonl, path: FILE}"
-            )
-
-
-def check_weights(binder: Binder, stages: Mapping[str, Any]) -> None:
-    """A stage takes weights from one that writes weights."""
-    for name, stage in stages.items():
-        for path, ref in model_refs(stage, f"stages.{name}"):
-            if writes := getattr(stages.get(ref.stage), "instead_of_weights", ""):
-                binder.errors.append(f"{path}: '{ref}' names weights, and stage {ref.stage!r} writes {writes}")
-
-
-def check_mixes(binder: Binder, stages: Mapping[str, Any], model: Any) -> None:
-    """A mixture is of causal language models. Models of a directory or hub id are looked at when they are loaded."""
-    for name, stage in stages.items():
-        specs = specs_of(stage)
-        for mix, part in ((mix, part) for mix, spec in specs.items() for part in spec.mix):
-            made = maker_of(specs[part], stages, model) if part in specs else None
-            if made is not None and not getattr(getattr(made.call, "func", made.call), "mixes", True):
-                binder.errors.append(
-                    f"stages.{name}.models.{mix}.mix: {part!r} is a model {made.name!r}, which cannot be mixed; a mixture is "
-                    "of causal language models of text alone"
-                )
-
-
-def maker_of(spec: Any, stages: Mapping[str, Any], model: Any) -> Any:
-    """The model of the catalogue that a stage's model began as, through the stages that trained it; None: not known here."""
-    ref = spec.from_
-    if spec.model is not None or ref is None or ref.stage == "model":
-        return spec.model or model
-    specs = specs_of(stages.get(ref.stage))
-    return maker_of(specs[ref.name], stages, model) if ref.name in specs else None
-
-
-def specs_of(stage: Any) -> Mapping[str, Any]:
-    """The models of a stage by name; none of one that has no list of them."""
-    return stage.specs() if hasattr(stage, "specs") else {}
-
-
-def check_trust(binder: Binder, stages: Mapping[str, Any]) -> None:
-    """Where the recipe's model brings code, each other directory or hub id that a stage loads brings its own."""
-    for name, stage in stages.items():
-        for path, ref in model_refs(stage, f"stages.{name}"):
-            if ref.path and not binder.trusts(ref.path):
-                binder.errors.append(f"{path}: with model.trust_remote_code this {untrusted(ref.path)}")
-
-
-def model_refs(node: Any, path: str) -> Iterator[tuple[str, ModelRef]]:
-    """Every reference to weights below a bound node, with its dotted path."""
-    if isinstance(node, ModelRef):
-        yield path, node
-    elif isinstance(node, Component):
-        yield from model_refs(node.settings, path)
-    elif dataclasses.is_dataclass(node):
-        for f in dataclasses.fields(node):
-            yield from model_refs(getattr(node, f.name), f"{path}.{f.name.removesuffix('_')}")
-    elif isinstance(node, Mapping | list):
-        for key, child in node.items() if isinstance(node, Mapping) else enumerate(node):
-            yield from model_refs(child, f"{path}.{key}")
 
 
 def bind_stage(binder: Binder, name: str, node: Any, base: frozenset[str]) -> Any:
@@ -373,60 +264,3 @@ def bind_objective(binder: Binder, text: Any, stages: Mapping[str, Any], where: 
         known = [f"{name}/{m}" for m in measured] or [f"{name}/loss"]
         binder.errors.append(f"{where}: stage {name!r} measures no {metric!r}; write stage/metric{hint(text, known)}")
     return name, metric
-
-
-def stage_refs(node: Any) -> list[str]:
-    """The stages that a stage takes weights from."""
-    refs = [r for _, r in located(node, "") if not r.startswith("@task/") and r != "@model"]
-    return list(dict.fromkeys(stage_of(r) for r in refs))
-
-
-def stage_of(ref: str) -> str:
-    """The stage of `@rl`, `@rl:best` or `@rl/critic:step=80`."""
-    return ref[1:].partition(":")[0].partition("/")[0]
-
-
-def check_refs(binder: Binder, nodes: Mapping[str, Any], task: TaskSource | None, *, no_task: bool) -> None:
-    """Every reference names a stage of the recipe or a split of its task (None also for a task with a mistake)."""
-    for path, ref in located(nodes, "stages"):
-        if ref.startswith("@task/"):
-            split = ref.removeprefix("@task/")
-            if no_task:
-                binder.errors.append(f"{path}: {ref!r} needs a task, and the recipe has none; give task=NAME")
-            elif task is not None and split not in task.splits:
-                binder.errors.append(f"{path}: the task has no split {split!r}{hint(split, task.splits)}")
-        elif ref != "@model" and (stage := stage_of(ref)) not in nodes:
-            binder.errors.append(f"{path}: {ref!r} refers to no stage of the recipe{hint(stage, nodes)}")
-
-
-def located(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every `@...` string below a node, with its dotted path."""
-    if isinstance(node, str) and node.startswith("@"):
-        yield path, node
-    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in children:
-        yield from located(value, f"{path}.{key}")
-
-
-def in_order(binder: Binder, inputs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Stages after what they refer to, otherwise as the file has them."""
-    order: list[str] = []
-    waiting = list(inputs)
-    while waiting:
-        ready = [n for n in waiting if all(i in order or i not in inputs for i in inputs[n])]
-        if not ready:
-            binder.errors.append(
-                f"stages: {' -> '.join(cycle(inputs, waiting))}: each starts from the next, so none can run first"
-            )
-            return [*order, *waiting]
-        order.append(ready[0])
-        waiting.remove(ready[0])
-    return order
-
-
-def cycle(inputs: Mapping[str, Sequence[str]], waiting: Sequence[str]) -> list[str]:
-    """Stages that wait for one another: from one of them back to itself."""
-    path = [waiting[0]]
-    while path[-1] not in path[:-1]:
-        path.append(next(i for i in inputs[path[-1]] if i in waiting))
-    return path[path.index(path[-1]) :]

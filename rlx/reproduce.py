@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fcntl
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +16,7 @@ import yaml
 from rlx.claims import METHOD, Claim, Outcome, Verdict, outcomes, value_at, verdict
 from rlx.graph import Node, execute, graph, seconds_of
 from rlx.report.read import Run, load_run, lower_is_better
-from rlx.run import Failed, write_json
+from rlx.run import write_json
 from rlx.source import claim_hash
 from rlx.types import ConfigError
 
@@ -54,22 +51,6 @@ class Lab:
         nodes = {cell: graph(config, needs, self.trust) for cell, config in cells.items()}
         execute([n for found in nodes.values() for n in found], self.root, self.jobs, self.trust)
         return nodes
-
-
-@contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Keep other processes out of a claim's folder, since two would write the same stages. Raises Failed where one is in it."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a+", encoding="utf-8") as lock:  # the kernel frees it however this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise Failed(f"{root}: this claim is being run already (pid {lock.read()}); wait for it to end") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def reproduce(

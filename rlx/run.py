@@ -4,51 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlx import __version__
+from rlx import __version__, world
 from rlx.build import hint
 from rlx.health import health
+from rlx.launch import launch_of
+from rlx.learner import MakeLearner, TorchLearner
 from rlx.paths import PACKAGE
 from rlx.plan import Plan
+from rlx.resume import States
 from rlx.source import code_hash
 from rlx.stages.context import Context
-from rlx.track import Display, Lines, Live, Log, NoTracker, Tracker, Wandb
-from rlx.types import ConfigError
+from rlx.stopping import Stop, stoppable
+from rlx.track import LOGS, Display, Lines, Live, Log, NoTracker, Tracker, Wandb
+from rlx.types import ConfigError, Failed
+from rlx.zero import learner_of
 
 VERSIONS = ("rlx", "torch", "transformers", "hydra-core", "omegaconf", "deepspeed", "datasets", "peft", "numpy")
+LOCK = ".lock"  # held while a process runs the directory
+STATE = "state"  # of an unfinished stage, in its folder
 # Keys of a config that may differ between two starts of one run.
-FREE = {"run_dir", "track", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
+FREE = {"run_dir", "track", "save", "launch", "claim", "paper", "purpose", "published", "sources", "unverified", "requires"}
 
 
 # A model with fewer weights than this is faster with one thread than with several: its matrices are so small that waking
 # the other threads costs more than they save, and on a machine that is busy elsewhere they wait for each other.
 SMALL = 10_000_000
-
-
-class Failed(RuntimeError):
-    """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def run(
@@ -58,33 +56,46 @@ def run(
     command: list[str] | None = None,
     overrides: list[str] | None = None,
     sweep: str = "",
+    share: float = 1.0,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run every stage that is not done; what run.json holds. `sweep` names the sweep that this run is a job of.
+    """Run every stage that is not done, the first of them from its last state; what run.json holds.
+
+    `sweep` names the sweep that this run is a job of. With `resume`, run.json keeps the command that the run was started with.
+
+    Ranks that ran out of memory start again with a `share` of the token budget.
 
     Raises ConfigError where `run_dir` holds another config's run or cannot be written, Failed where training broke down,
-    KeyboardInterrupt on SIGINT and SIGTERM.
+    KeyboardInterrupt(number) on SIGINT and SIGTERM.
     """
-    info = start(plan, run_dir, command or sys.argv, overrides or [], sweep)
+    given = {"command": shlex.join(["rlx", *(command or sys.argv)[1:]]), "overrides": overrides or [], "sweep": sweep or None}
+    info = world.first(lambda: start(plan, run_dir, {} if resume else given))
     if info["status"] == "finished":
         print(f"{run_dir}: finished before; nothing is run again")
         return info
-    tracker = make_tracker(plan, run_dir, info)
+    tracker = make_tracker(plan, run_dir, info) if world.leads() else NoTracker()
+    launch = launch_of(plan.config)
+    learner = learner_of(launch.stage, launch.settings(), share)
     display: Display = Live() if sys.stdout.isatty() else Lines()
     began, before = time.monotonic(), float(info.get("seconds") or 0.0)
     done: dict[str, dict[str, float]] = {}
     current = ""
 
     def close(status: str, error: str | None = None) -> None:
+        if not world.leads():
+            return
         info.update(status=status, error=error, seconds=round(before + time.monotonic() - began, 2))
         write_json(run_dir / "run.json", info)
 
     try:
         choose_threads(plan)
         info["hardware"] = hardware()
-        with stoppable():
+        with stoppable() if world.size() == 1 else contextlib.nullcontext(Stop()) as stop:  # ranks: world.stop_asked
             for name in plan.stages:
+                if asked := world.first(lambda: stop.number or world.stop_asked()):  # while a stage came to its end
+                    raise KeyboardInterrupt(asked)
                 current = name
-                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker)
+                done[name] = run_stage(plan, name, run_dir, display=display, tracker=tracker, learner=learner, stop=stop)
         info["objective"] = objective(plan, done, display)
         close("finished")
     except KeyboardInterrupt:
@@ -97,8 +108,11 @@ def run(
         said = f"stages.{current}: {error if isinstance(error, RuntimeError) else f'{type(error).__name__}: {error}'}"
         with contextlib.suppress(OSError):  # the disk may be what failed
             close("failed", said)
-            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            said += f"\nthe traceback is in {run_dir / 'error.txt'}"
+            if world.leads():
+                (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                said += f"\nthe traceback is in {run_dir / 'error.txt'}"
+        if any((run_dir / current / STATE).glob("step-*")):
+            said += f"\nonce that is put right, go on from the last state with: rlx resume {run_dir}"
         raise Failed(said) from error
     finally:
         tracker.finish()
@@ -106,22 +120,21 @@ def run(
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM (a scheduler's) interrupts as Ctrl-C does. Once interrupted, SIGTERM does not interrupt the saving."""
-    if threading.current_thread() is not threading.main_thread():
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of a folder, since two would write the same stages. Raises Failed where one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:  # the kernel frees it however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Failed(f"{folder}: this {what} is being run already (pid {lock.read()}); wait for it to end") from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
-        return
-
-    def stop(_signum: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def quiet() -> None:
@@ -150,28 +163,44 @@ def choose_threads(plan: Plan) -> None:
             torch.set_num_threads(1)
 
 
-def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker: Tracker) -> dict[str, float]:
-    """One stage, unless it is done; its last metrics. It starts without checkpoints: another config's are not to be found.
+def run_stage(
+    plan: Plan,
+    name: str,
+    run_dir: Path,
+    *,
+    display: Display,
+    tracker: Tracker,
+    learner: MakeLearner = TorchLearner,
+    stop: Stop | None = None,
+) -> dict[str, float]:
+    """One stage, unless it is done; its last metrics. It goes on from the last whole state of it, if there is one.
 
-    An interrupt saves the weights of the moment, for looking at; a stage that is taken up again starts from its beginning.
+    Else it starts without checkpoints, since those of another run of it are not to be found.
     """
     folder = run_dir / name
     done = folder / "DONE"
     config = plan.config["stages"][name]
     code = code_hash({**plan.config, "stages": {name: config}})
-    if done.is_file():
-        record = read_json(done)
+    record = world.first(lambda: read_json(done))
+    if record:
         by = "" if record.get("code") == code else " by other code than this (delete its DONE to run it again)"
         display.say(f"[{name}] done before{by}; skipped")
+        if world.leads():
+            shutil.rmtree(folder / STATE, ignore_errors=True)
         finished: dict[str, float] = record["summary"]
         return finished
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    world.stage(name)
     quiet()
     display.say(f"[{name}] {plan.stages[name].describe()}")
-    log = Log(
-        folder, name, display=display, tracker=tracker, health=health if plan.config.get("scale") != "smoke" else no_advice
-    )
+    states = States(folder / STATE, plan.save, [folder / log for log in LOGS], display.say, code)
+    if states.found is None and world.leads():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    advice = health if plan.config.get("scale") != "smoke" else no_advice
+    sizes = states.found["logs"] if states.found else {}
+    log = Log(folder if world.leads() else None, name, display=display, tracker=tracker, health=advice, sizes=sizes)
+    tracker.go_on(sum(path.read_bytes().count(b"\n") for path in run_dir.glob("*/metrics.jsonl")))
     stage, key = plan.objective
+    stop = stop or Stop()
     ctx = Context(
         run_dir=run_dir,
         name=name,
@@ -179,20 +208,23 @@ def run_stage(plan: Plan, name: str, run_dir: Path, *, display: Display, tracker
         model=plan.model,
         task=plan.task,
         log=log,
+        learner=learner,
         objective=key if stage == name else "",
+        states=states,
+        stop=stop,
     )
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    if world.leads():
+        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     try:
         summary = plan.stages[name].run(ctx)
-    except KeyboardInterrupt:
-        if ctx.in_training and ctx.step:
-            ctx.checkpoint("interrupted")
-            saved = folder / "checkpoints" / "interrupted"
-            display.say(f"[{name}] interrupted in step {ctx.step}; the weights of that moment are in {saved}")
-        raise
+        if world.leads():
+            write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
     finally:
+        stop.waits = False
         log.close()
-    write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
+    if world.leads():
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    world.barrier()  # what rank 0 wrote is there for the next stage
     return summary
 
 
@@ -201,8 +233,11 @@ def no_advice(*_: object) -> list[tuple[str, str]]:
     return []
 
 
-def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], sweep: str = "") -> dict[str, Any]:
-    """Make the run directory, or take up the one that is there (a finished one as it is); refuse it when its config differs."""
+def start(plan: Plan, run_dir: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the run directory, or take up the one that is there (a finished one as it is); refuse it when its config differs.
+
+    `said`: what run.json holds of the command.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".writable").touch()
@@ -222,17 +257,16 @@ def start(plan: Plan, run_dir: Path, command: list[str], overrides: list[str], s
         info = read_json(run_dir / "run.json")
         if info.get("status") == "finished":
             return info
-    elif any(run_dir.iterdir()):
+        write_text(saved, as_yaml(plan.config))  # `rlx resume` goes on as it was last started: with this `launch`, say
+    elif any(path.name != LOCK for path in run_dir.iterdir()):
         raise ConfigError(f"run_dir={run_dir}: is not empty and holds no run; choose an empty or new directory")
     else:
         info = {}
-        write_text(saved, yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True))
+        write_text(saved, as_yaml(plan.config))
     info |= {
         "recipe": plan.config["recipe"],
         "purpose": plan.config.get("purpose", ""),
-        "command": shlex.join(["rlx", *command[1:]]),
-        "overrides": overrides,
-        "sweep": sweep or None,
+        **said,
         "status": "running",
         "error": None,
         "seed": plan.config["seed"],
@@ -277,11 +311,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
-def default_run_dir(recipe: str) -> Path:
-    """runs/<recipe>/<time>, unused."""
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    base = Path("runs") / recipe / stamp
-    return next(p for i in range(1000) if not (p := base.with_name(f"{stamp}_{i}") if i else base).exists())
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A config as its file has it."""
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -335,4 +367,5 @@ def hardware() -> str:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     threads = torch.get_num_threads()
     on = [platform.machine(), f"{os.cpu_count()} cores", f"{threads} torch thread{'s' if threads > 1 else ''}"]
-    return ", ".join([*on, *devices])
+    ranks = [f"{world.size()} ranks"] if world.size() > 1 else []
+    return ", ".join([*on, *devices, *ranks])

@@ -18,8 +18,10 @@ from rlx.paths import PACKAGE
 
 # Modules that only print: a result does not depend on them.
 PRINTS = ("cli.py", "show.py", "result.py", "report/page.py", "report/plots.py", "report/result.py")
+# Modules of runs in several processes: a result is of one.
+SEVERAL = ("launch.py", "ranks.py", "worker.py", "zero.py")
 # The catalogue names every component there is; the lines in use are hashed instead of it.
-LEFT_OUT = (*PRINTS, "catalogue.py")
+LEFT_OUT = (*PRINTS, *SEVERAL, "catalogue.py")
 # The parts of a config that name components.
 PARTS = ("model", "task", "stages")
 

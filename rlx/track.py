@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rlx.types import Episode
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 Health = Callable[[str, Mapping[str, float], Sequence[Mapping[str, float]]], list[tuple[str, str]]]
 
@@ -21,6 +24,8 @@ class Tracker(Protocol):
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None: ...
+
+    def go_on(self, rows: int) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -34,17 +39,24 @@ class NoTracker:
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
         """Nothing."""
 
+    def go_on(self, rows: int) -> None:
+        """Nothing."""
+
     def finish(self) -> None:
         """Nothing."""
 
 
 class Wandb:
-    """Weights and Biases. Its first failure is told once and ends it; the files are the record, so nothing is lost."""
+    """Weights and Biases. Its first failure is told once and ends it; the files are the record, so nothing is lost.
+
+    Rows are numbered as the lines of the run's metrics.jsonl: of a run that goes on it drops those that it has.
+    """
 
     def __init__(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
         self.dead = False
         self.run: Any = None
         self.axes: set[str] = set()
+        self.sent = 0
         self._try(lambda: self._start(settings, config, run_dir, identity))
 
     def _start(self, settings: Mapping[str, Any], config: Mapping[str, Any], run_dir: Path, identity: str) -> None:
@@ -71,8 +83,9 @@ class Wandb:
             if stage not in self.axes:
                 self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
                 self.axes.add(stage)
-            self.run.log(row)
+            self.run.log(row, step=self.sent)
 
+        self.sent += 1
         self._try(send)
 
     def samples(self, stage: str, step: int, rows: list[dict[str, Any]]) -> None:
@@ -83,9 +96,13 @@ class Wandb:
 
             columns = ["step", "prompt", "completion", "reward", "advantage", "rewards"]
             data = [[step, *(str(row.get(c)) for c in columns[1:])] for row in rows]
-            self.run.log({f"{stage}/samples": wandb.Table(columns=columns, data=data)})
+            self.run.log({f"{stage}/samples": wandb.Table(columns=columns, data=data)}, step=self.sent)
 
         self._try(send)
+
+    def go_on(self, rows: int) -> None:
+        """So many rows are in the files: the next has the number after them."""
+        self.sent = rows
 
     def finish(self) -> None:
         """Close the run."""
@@ -182,26 +199,39 @@ class Live:
 
 
 class Log:
-    """The log of one stage: every line is flushed, so that a killed run keeps what it had."""
+    """The log of one stage: every line is flushed, so that a killed run keeps what it had.
 
-    def __init__(self, folder: Path, stage: str, *, display: Display, tracker: Tracker, health: Health) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    Without a folder, nothing is written. `sizes` says how much of each file a stage that goes on keeps, in bytes: what came
+    after its state comes again.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        stage: str,
+        *,
+        display: Display,
+        tracker: Tracker,
+        health: Health,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         self.stage, self.display, self.tracker, self.health = stage, display, tracker, health
-        self.metrics_file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.samples_file = (folder / "samples.jsonl").open("w", encoding="utf-8")
+        self.folder = folder
+        self.metrics_file, self.samples_file = (opened(folder, name, (sizes or {}).get(name, 0)) for name in LOGS)
         self.history: list[dict[str, float]] = []
         self.warned: set[str] = set()
         self.stopped = ""
         self.total = 0
         self.started = self.last = time.monotonic()
+        self.seconds = 0.0
         self.last_step = 0
-        self.tokens = 0.0
 
     def begin(self, total: int) -> None:
-        """Training begins: `total` steps."""
+        """Training begins, or goes on: `total` steps."""
         self.total = total
         self.display.begin(self.stage, total)
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
+        self.started = self.last - self.seconds
 
     def step(self, step: int, metrics: Mapping[str, float], episodes: list[Episode], *, policy: str = "") -> None:
         """One line of metrics, and the episodes worth looking at."""
@@ -228,6 +258,16 @@ class Log:
                 self.note(text)
         self.history.append(record)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and the advice that was given; what was logged is in the files."""
+        return {"seconds": self.last - self.started, "last_step": self.last_step, "warned": sorted(self.warned)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.seconds, self.last_step, self.warned = saved["seconds"], saved["last_step"], set(saved["warned"])
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if self.folder is not None else []
+        self.history = [logged(json.loads(line)) for line in lines]
+
     def note(self, line: str) -> None:
         """Something that the user should know."""
         self.display.say(f"! {line}")
@@ -242,6 +282,21 @@ class Log:
         self.display.end()
         self.metrics_file.close()
         self.samples_file.close()
+
+
+def opened(folder: Path | None, name: str, size: int) -> IO[str]:
+    """A file to add lines to, after the first `size` bytes of it."""
+    if folder is None:
+        return Path(os.devnull).open("a", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / name).open("a", encoding="utf-8")
+    file.truncate(size)
+    return file
+
+
+def logged(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of metrics.jsonl."""
+    return {k: math.nan if v is None else v for k, v in line.items() if k not in ("step", "seconds", "policy")}
 
 
 def write(file: Any, row: Mapping[str, Any]) -> None:

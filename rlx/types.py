@@ -8,6 +8,7 @@ small protocol over these, and nothing here knows any method.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,14 @@ class ConfigError(ValueError):
 
 class DataError(ConfigError):
     """A row of data that does not fit: names the file, the line, the column and what was expected."""
+
+
+class Failed(RuntimeError):
+    """What was asked for did not come to its end; the message is all there is to say, `status` the command's exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 # --------------------------------------------------------------------------- what is asked, what happened
@@ -215,10 +224,15 @@ class Input(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The input of a language model: all ids of a sequence, and the images among them."""
+    """The input of a language model: all ids of a sequence, and the images among them.
+
+    `acted` has an entry for each id after the prompt: whether somebody chose it, so that it has a log-probability, or the
+    environment said it.
+    """
 
     ids: Ids
     prompt: int
+    acted: NDArray[np.bool_]
     images: tuple[Image, ...] = ()
 
     @property
@@ -313,12 +327,17 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time."""
+    """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time.
+
+    A turn ends with the id that completes one of the `stop` strings in its text, as it does with an end token.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
     rows: int = 1024
 
 
@@ -381,6 +400,10 @@ class Policy(Protocol):
     def collate(self, episodes: list[Episode]) -> Batch: ...
 
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]: ...
 
     def save(self, folder: Path) -> None: ...
 

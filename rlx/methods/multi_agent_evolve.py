@@ -128,6 +128,9 @@ def multi_agent_evolve(
     return [*proposals, *solutions, *opinions]
 
 
+multi_agent_evolve.together = True  # type: ignore[attr-defined]  # a question is solved by other groups than its own
+
+
 def told(play: Play, role: str, prompts: Sequence[str], n: int, phase: int) -> list[Episode]:
     """`n` episodes of one turn to each prompt; groups of different phases of a step never meet."""
     rows = [Episode(Task((Message("user", p),), meta={"role": role}), PHASES * i + phase) for i, p in enumerate(prompts)]

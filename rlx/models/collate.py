@@ -80,6 +80,12 @@ def trained(turn: Turn) -> NDArray[np.bool_]:
     return np.ones(len(turn.did), bool) if given is None else np.asarray(given, bool)
 
 
+def acted(episode: Episode) -> NDArray[np.bool_]:
+    """Which positions after the prompt somebody chose, the policy or another in its place; the environment's are False."""
+    gaps = [0, *(len(turn.seen) for turn in episode.turns[1:])]
+    return _joined(gaps, [np.ones(len(turn.did), bool) for turn in episode.turns])
+
+
 def last_done(episode: Episode) -> Floats:
     """1 on the last turn, unless the episode was cut: (K,)."""
     out = np.zeros(len(episode.turns), np.float32)

@@ -8,7 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlx.types import Batch
+
 FILE = "heads.safetensors"
+
+
+class Number(nn.Linear):
+    """A linear function that computes in float32, whatever its weights and its input are kept in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., 1)."""
+        bias = self.bias.float() if self.bias is not None else None
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 class Heads(nn.Module):
@@ -24,7 +35,7 @@ class Heads(nn.Module):
         self.where = dict(where)
         self.drawn = set(where)
         draw = torch.Generator().manual_seed(seed)
-        self.linear = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=at != "last") for name, at in self.where.items()})
+        self.linear = nn.ModuleDict({name: Number(hidden, 1, bias=at != "last") for name, at in self.where.items()})
         for name, weight in self.linear.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -52,23 +63,24 @@ class Heads(nn.Module):
 
         save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / FILE, metadata=self.where)
 
-    def forward(self, hidden: Tensor, start: int, turn: Tensor, length: Tensor, want: set[str]) -> dict[str, Tensor]:
-        """What each head of `want` says. hidden (N,L,D), of which column start + t is the state after position t.
+    def forward(self, hidden: Tensor, around: Tensor, batch: Batch, length: Tensor, want: set[str]) -> dict[str, Tensor]:
+        """What each head of `want` says of states `hidden` (...,D).
 
-        `turn` (N,T) is the field, `length` (N,) the number of positions of each sequence after its prompt.
+        `around` (N,T+1) are the places among them (in order) of the state before each position and, last, of that after the
+        last. `length` (N,) is the number of positions of each sequence after its prompt.
         """
-        columns = hidden.shape[1] - start
+        turn, turns = batch["turn"][:, : around.shape[1] - 1], batch["turn_mask"].shape[1]
         found = {}
         for name, at in self.where.items():
             if name not in want:
                 continue
-            x = self.linear[name](hidden.float())[..., 0]
+            x = self.linear[name](hidden).flatten()[around]
             if at == "token":
-                found[name] = x[:, start - 1 : start - 1 + columns]
+                found[name] = x[:, :-1]
             elif at == "last":
-                found[name] = x.gather(1, (start + length - 1)[:, None])[:, 0]
+                found[name] = x.gather(1, length[:, None])[:, 0]
             else:
-                found[name] = x.gather(1, start + ends(turn[:, :columns], last=at == "after_turn") - int(at == "before_turn"))
+                found[name] = x.gather(1, ends(turn, turns, last=at == "after_turn") + int(at == "after_turn"))
         return found
 
 
@@ -82,9 +94,8 @@ def saved_heads(folder: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def ends(turn: Tensor, *, last: bool) -> Tensor:
-    """The first or last position of each turn: (N,K) from the field `turn` (N,T); 0 for a turn without a position."""
-    count = max(1, int(turn.max()) + 1)
+def ends(turn: Tensor, count: int, *, last: bool) -> Tensor:
+    """The first or last position of each turn: (N,count) from the field `turn` (N,T); 0 for a turn without a position."""
     at = torch.arange(turn.shape[1], device=turn.device)
     found = []
     for k in range(count):

@@ -14,17 +14,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from rlx.models.collate import batch_of
+from rlx.models import packed, padded
+from rlx.models.collate import acted, batch_of
 from rlx.models.heads import Heads, saved_heads
-from rlx.models.reader import CausalReader, Reader
-from rlx.types import HEADS, Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
+from rlx.models.parts import packed_parts, padded_parts
+from rlx.models.reader import DynamicReader, Memory, Reader
+from rlx.models.shared import SharedReader
+from rlx.types import Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
-
-# Up to so many logits (a gibibyte in float32), their log-softmax is taken at once.
-LARGEST = 2**28
 
 Span = tuple[int, int]
 
@@ -33,7 +32,11 @@ Engine = Callable[["LanguageModel", list[View], list[list[int]], Sampling], list
 
 
 class LanguageModel:
-    """A transformers causal model and its tokenizer, with `heads` where it is a critic or a reward model."""
+    """A transformers causal model and its tokenizer, with `heads` where it is a critic or a reward model.
+
+    `packs`: it takes rlx's attention, so that sequences are packed into one row in the forward (see rlx/models/packed.py) and
+    rows that are decoded share their prompts (rlx/models/shared.py).
+    """
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
         self.module = module
@@ -42,7 +45,9 @@ class LanguageModel:
         self.bf16 = bf16
         self.source = source
         self.engine: Engine | None = None
+        self.memory: Memory | None = None
         self.heads: Heads | None = None
+        self.packs = False
         self.end_token = self._end_token()
         self.end_ids = end_ids(module, tokenizer, self.end_token)
 
@@ -210,9 +215,9 @@ class LanguageModel:
             raise RuntimeError("this policy was given no rollout engine")
         return self.engine(self, views, keys, sampling)
 
-    def reader(self, views: list[View], longest: int) -> Reader:
-        """The views, ready to be followed by turns of at most `longest` ids."""
-        return CausalReader(self, views, longest)
+    def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
+        """The views, `counts[i]` rows for view i, ready to be followed by turns of at most `longest` ids."""
+        return (SharedReader if self.packs else DynamicReader)(self, views, counts, longest)
 
     def pieces(self, ids: Ids) -> list[str]:
         """The text of each id by itself, special tokens included."""
@@ -225,6 +230,7 @@ class LanguageModel:
             Tokens(
                 np.concatenate([ids for turn in episode.turns for ids in (turn.seen, turn.did)]),
                 len(episode.turns[0].seen),
+                acted(episode),
                 tuple(image for message in told(episode) for image in message.images),
             )
             for episode in episodes
@@ -234,51 +240,33 @@ class LanguageModel:
     def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]:
         """The fields of `want` that the model offers, float32: logp and entropy (N,T) of softmax(logits / temperature), heads.
 
-        Prompts are padded on the left and completions on the right, so that the language-model head runs on the scored
-        columns alone (through the model's own `logits_to_keep`, which applies whatever the architecture does to logits).
-        Without heads, the last column is only predicted, never read.
+        Sequences are packed, what they share read once, where the model can take that (rlx/models/packed.py); else they are
+        padded (rlx/models/padded.py). What the environment says has no log-probability; logp and entropy are 0 there.
         """
-        inputs: list[Tokens] = batch.inputs
-        width = max(x.length - x.prompt for x in inputs)
-        prompt = max(x.prompt for x in inputs)
-        ids = torch.full((len(inputs), prompt + width), int(self.tokenizer.pad_token_id))
-        attend = torch.zeros_like(ids)
-        for i, x in enumerate(inputs):
-            span = slice(prompt - x.prompt, prompt - x.prompt + x.length)
-            ids[i, span] = torch.from_numpy(x.ids)
-            attend[i, span] = 1
-        ids, attend = ids.to(self.device), attend.to(self.device)
-        heads = self.heads if self.heads is not None and want & set(self.heads.where) else None
-        spoken = bool(want & {"logp", "entropy"})
-        read = prompt + width - (heads is None)
-        settings = {**self.reading(ids[:, :read], attend[:, :read], [x.images for x in inputs]), "use_cache": False}
-        fields: dict[str, Tensor] = {}
-        if spoken:
-            with self.autocast():
-                keep = width + (heads is not None)
-                out = self.module(**settings, logits_to_keep=keep, output_hidden_states=heads is not None)
-            fields = token_fields(out.logits[:, :width], ids[:, prompt:], temperature, entropy="entropy" in want)
-            hidden = out.hidden_states[-1] if heads is not None else None
-        elif heads is not None:
-            with self.autocast():
-                hidden = self.backbone(**settings).last_hidden_state
-        if heads is not None:
-            length = torch.tensor([x.length - x.prompt for x in inputs], device=self.device)
-            fields |= heads(hidden, prompt, batch["turn"], length, want)
-        return {name: widened(x, name, batch, self.heads) for name, x in fields.items() if name in want}
+        forward = packed.forward if self.packs else padded.forward
+        return forward(self, batch, want, temperature)
+
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+        """The sequences of a batch in parts of which a forward reads at most `token_budget` tokens, padding counted."""
+        how = packed_parts if self.packs else padded_parts
+        return how(batch, token_budget, whole_groups=whole_groups)
+
+    @property
+    def base(self) -> Any:
+        """The model without an adapter's wrapper."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @property
     def backbone(self) -> Any:
         """The model without its language-model head."""
-        module = self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
-        return module.get_decoder()
+        return self.base.get_decoder()
 
     def reading(self, ids: Tensor, attend: Tensor, images: Sequence[Sequence[Image]]) -> dict[str, Any]:
         """What the module reads of padded rows (N,L): ids, attention and positions. A model of text has no images."""
         return {"input_ids": ids, "attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the forward computes in bfloat16, if it does."""
+        """Where the forward computes in bfloat16, if it does. Weights in training are cast once for all forwards in it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     # ----------------------------------------------------------------- to disk
@@ -301,37 +289,6 @@ class LanguageModel:
             folder.rename(old)
         beside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def token_fields(
-    logits: Tensor, ids: Tensor, temperature: float, *, entropy: bool, largest: int = LARGEST
-) -> dict[str, Tensor]:
-    """logp (and entropy) (N,T) of `ids` (N,T) under softmax(logits / temperature), in float32, from logits (N,T,V).
-
-    More than `largest` logits are taken in spans of positions, computed once more in the backward pass, so that the
-    float32 copies that a softmax needs exist for one span at a time.
-    """
-
-    def span(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        scaled = logits.float() / temperature
-        logz = scaled.logsumexp(-1)
-        logp = scaled.gather(-1, ids[..., None])[..., 0] - logz
-        return (logp, logz - (scaled.softmax(-1) * scaled).sum(-1)) if entropy else (logp,)
-
-    if logits.numel() <= largest:
-        return dict(zip(("logp", "entropy"), span(logits, ids), strict=False))
-    width = max(1, largest // (logits.shape[0] * logits.shape[2]))
-    spans = zip(torch.split(logits, width, dim=1), torch.split(ids, width, dim=1), strict=True)
-    parts = [checkpoint(span, *part, use_reentrant=False, preserve_rng_state=False) for part in spans]
-    return {name: torch.cat(x, dim=1) for name, x in zip(("logp", "entropy"), zip(*parts, strict=True), strict=False)}
-
-
-def widened(x: Tensor, name: str, batch: Batch, heads: Heads | None) -> Tensor:
-    """A field of a part of a batch at the width of the whole batch: T positions, or the K turns of a head that reads turns."""
-    if x.dim() == 1:
-        return x
-    of_turns = heads is not None and HEADS[heads.where.get(name, "token")] == "N,K"
-    return torch.nn.functional.pad(x, (0, batch["turn_mask" if of_turns else "mask"].shape[1] - x.shape[1]))
 
 
 def told(episode: Episode) -> list[Message]:

@@ -12,6 +12,7 @@ import torch
 from rlx.models.language import LanguageModel
 from rlx.models.lora import Lora
 from rlx.models.nets import is_net, read_net
+from rlx.models.packed import packable
 from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.models.vision import VisionLanguage
@@ -304,6 +305,7 @@ def finish(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     made = VisionLanguage if sees(module.config) else Seq2Seq if module.config.is_encoder_decoder else LanguageModel
     policy = made(module.to(where).eval(), processor, where, bf16=dtype == "bf16", source=source)
+    policy.packs = where.type != "meta" and made is LanguageModel and packable(policy)
     module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
     return policy
 

@@ -39,9 +39,9 @@ class Mixture(LanguageModel):
         """None: the parts are trained, or not, by themselves."""
         return []
 
-    def reader(self, views: list[View], longest: int) -> Reader:
+    def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
         """The views, read by every part."""
-        return MixedReader([(policy.reader(views, longest), weight) for policy, weight in self.parts])
+        return MixedReader([(policy.reader(views, counts, longest), weight) for policy, weight in self.parts])
 
 
 class Mixed(nn.Module):
@@ -65,14 +65,20 @@ class MixedReader:
     def __init__(self, parts: Sequence[tuple[Reader, float]]) -> None:
         self.parts = parts
         self.ahead: list[Ids] = parts[0][0].ahead
+        self.joins = all(reader.joins for reader, _ in parts)
+
+    @property
+    def seats(self) -> Ids:
+        """The rows as they stand: the same in every part."""
+        return self.parts[0][0].seats
 
     @property
     def logits(self) -> Tensor:
         """(R,V) of the id that comes next."""
         return mixed([(reader.logits, weight) for reader, weight in self.parts])
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may be named several times."""
+    def keep(self, rows: Ids) -> None:
+        """Go on with these rows, in this order."""
         for reader, _ in self.parts:
             reader.keep(rows)
 
@@ -80,6 +86,11 @@ class MixedReader:
         """Read one more id in each row: (R,)."""
         for reader, _ in self.parts:
             reader.read(token)
+
+    def join(self, views: Sequence[View], counts: Sequence[int]) -> None:
+        """Begin `counts[i]` rows for each view."""
+        for reader, _ in self.parts:
+            reader.join(views, counts)
 
 
 def mixed(parts: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlx.models.collate import batch_of
+from rlx.models.parts import padded_parts
 from rlx.types import Batch, ConfigError, Episode, Floats, Ids, Sampling
 
 OFFERS = frozenset({"logp", "entropy", "value"})
@@ -108,6 +110,14 @@ class NetPolicy:
         lengths = torch.tensor([x.length for x in inputs], device=self.device)
         at = torch.arange(shape[1], device=self.device)[None] < lengths[:, None]
         return {name: x.new_zeros(shape).masked_scatter(at, x) for name, x in fields.items() if name in want}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """It computes in float32."""
+        return contextlib.nullcontext()
+
+    def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+        """The sequences of a batch in parts of at most `token_budget` steps, as if they were padded."""
+        return padded_parts(batch, token_budget, whole_groups=whole_groups)
 
     # ----------------------------------------------------------------- to disk
     def save(self, folder: Path) -> None:

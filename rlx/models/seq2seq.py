@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlx.models.collate import batch_of
-from rlx.models.language import NO_LOGP, LanguageModel, token_fields, widened
+from rlx.models.language import NO_LOGP, LanguageModel
+from rlx.models.padded import columns, token_fields, widened
 from rlx.models.reader import Reader
 from rlx.types import Batch, ConfigError, DataError, Episode, Ids, Message, Status, Turn, View
 
@@ -78,9 +79,9 @@ class Seq2Seq(LanguageModel):
             turns.append(Turn(self.render(episode.task.prompt), did, NO_LOGP, said=turn.said, agent=turn.agent))
         return Episode(episode.task, episode.group, turns, episode.status, label=episode.label, info=episode.info)
 
-    def reader(self, views: list[View], longest: int) -> Reader:
-        """The views, ready to be answered."""
-        return Seq2SeqReader(self, views)
+    def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
+        """The views, `counts[i]` rows for view i, ready to be answered."""
+        return Seq2SeqReader(self, views, counts)
 
     # ----------------------------------------------------------------- episodes -> tensors
     def collate(self, episodes: list[Episode]) -> Batch:
@@ -109,21 +110,18 @@ class Seq2Seq(LanguageModel):
         if want & {"logp", "entropy"}:
             fields = token_fields(out.logits[:, :-1], written, temperature, entropy="entropy" in want)
         if self.heads is not None:
-            fields |= self.heads(out.decoder_hidden_states[-1], 1, batch["turn"], present.sum(1), want)
+            hidden = out.decoder_hidden_states[-1]
+            fields |= self.heads(hidden, columns(hidden, 1), batch, present.sum(1), want)
         return {name: widened(x, name, batch, self.heads) for name, x in fields.items() if name in want}
-
-    @property
-    def base(self) -> Any:
-        """The model without an adapter's wrapper."""
-        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
 
 class Seq2SeqReader:
     """Each distinct prompt is encoded once. The decoder reads prefixes id by id, so that all rows are at the same position."""
 
     logits: Tensor
+    joins = False
 
-    def __init__(self, policy: Seq2Seq, views: list[View]) -> None:
+    def __init__(self, policy: Seq2Seq, views: Sequence[View], counts: Sequence[int]) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
 
         self.policy = policy
@@ -138,9 +136,21 @@ class Seq2SeqReader:
         config = policy.module.config
         self.cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         self.read(torch.full((len(views),), policy.start, device=policy.device))
+        seats = np.repeat(np.arange(len(views)), counts)
+        self._select(seats)
+        self.seats = np.arange(len(seats))
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may be named several times."""
+    def keep(self, rows: Ids) -> None:
+        """Go on with these rows, in this order."""
+        self.seats = self.seats[rows]
+        self._select(rows)
+
+    def join(self, views: Sequence[View], counts: Sequence[int]) -> None:
+        """It does not: all rows are at the same position."""
+        raise NotImplementedError
+
+    def _select(self, chosen: Ids) -> None:
+        rows = torch.from_numpy(chosen).to(self.policy.device)
         self.cache.batch_select_indices(rows)
         self.logits, self.encoded, self.attend = self.logits[rows], self.encoded[rows], self.attend[rows]
 

@@ -94,7 +94,7 @@ class VisionLanguage(LanguageModel):
         order = [image for row in images for image in row]
         if not order:
             return read
-        base, distinct = self.base, list(dict.fromkeys(order))
+        base, distinct = self.backbone, list(dict.fromkeys(order))
         encoded = [self.encode(image)[1] for image in distinct]
         tensors = {name: torch.cat([x[name] for x in encoded]).to(self.device) for name in encoded[0]}
         with self.autocast():
@@ -110,15 +110,9 @@ class VisionLanguage(LanguageModel):
         return {**read, "mm_encoder_outputs": {"image": seen}}
 
     @property
-    def base(self) -> Any:
-        """The model without its language-model head and adapter."""
-        module = self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
-        return module.model
-
-    @property
     def backbone(self) -> Any:
         """What heads read the states of: unlike a decoder alone, it takes images."""
-        return self.base
+        return self.base.model
 
 
 def silence(token: int, head: Any, args: Any, logits: Tensor) -> Tensor:

@@ -3,119 +3,122 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from rlx.models.cache import kept
 from rlx.models.language import LanguageModel
-from rlx.rollout.noise import uniforms
+from rlx.models.reader import Reader
+from rlx.models.shared import SharedReader
+from rlx.rollout.draws import draw
+from rlx.rollout.samples import Job, Samples
 from rlx.types import Message, Sampling, Turn, View
+
+FREE = 8  # new prompts are read when one in so many rows is free: several at a time are cheaper than one by one
 
 
 def generate(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` next turns of each view; views are decoded together while they have at most `sampling.rows` samples.
+    """`len(keys[i])` next turns of each view; at most `sampling.rows` are decoded at a time, and the others wait.
 
+    A turn's `info["truncated"]` says that the limit cut it. A view's prefix counts among the turn's `max_new_tokens` ids; the
+    Turn has those after it. `logp` is that of the tokens under softmax(logits / temperature) before anything is cut (which
+    changes what is drawn, not what is scored), or at temperature 1 for greedy decoding: what the training forward computes.
     Raises ValueError for a prefix that leaves no room for an id after it.
     """
     if long := [len(view.prefix) for view in views if len(view.prefix) >= sampling.max_new_tokens]:
         raise ValueError(f"a turn of at most {sampling.max_new_tokens} ids cannot go on after a prefix of {long[0]}")
-    played: list[list[Turn]] = []
-    start = 0
-    while start < len(views):
-        end, rows = start + 1, len(keys[start])
-        while end < len(views) and rows + len(keys[end]) <= sampling.rows:
-            rows += len(keys[end])
-            end += 1
-        played += decode(policy, views[start:end], keys[start:end], sampling)
-        start = end
-    return played
-
-
-@torch.inference_mode()
-def decode(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-    """`len(keys[i])` next turns of each view; a turn's `info["truncated"]` says that the limit cut it.
-
-    Each view is read once and its cache repeated for its samples; a finished row leaves the batch. Draws are by
-    inverse CDF on uniforms that depend on a sample's key and the position in the turn alone. A view's prefix counts among
-    the turn's `max_new_tokens` ids; the Turn has those after it. `logp` is that of the tokens under
-    softmax(logits / temperature) before top-k and top-p (which cut the tail of what is drawn, not what is scored), or at
-    temperature 1 for greedy decoding: what the training forward computes.
-    """
-    owner = np.repeat(np.arange(len(views)), [len(k) for k in keys])
-    rows = torch.from_numpy(owner).to(policy.device)
-    noise = torch.from_numpy(uniforms([k for row in keys for k in row], sampling.max_new_tokens)).to(policy.device)
-    ends = torch.tensor(policy.end_ids, device=policy.device)
-    begun = torch.tensor([len(view.prefix) for view in views], device=policy.device)[rows]
-    reader = policy.reader(views, sampling.max_new_tokens)
-    given = pad_sequence([torch.from_numpy(ids) for ids in reader.ahead], batch_first=True).to(policy.device)[rows]
-    ahead = torch.tensor([len(ids) for ids in reader.ahead], device=policy.device)[rows]
-    if any(len(k) != 1 for k in keys):
-        reader.keep(rows)
-    alive = torch.arange(len(rows), device=policy.device)
-    did = torch.zeros(len(rows), sampling.max_new_tokens, dtype=torch.long, device=policy.device)
-    logp = torch.zeros(did.shape, device=policy.device)
-    length = torch.zeros(len(rows), dtype=torch.long, device=policy.device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=policy.device)
-    for t in range(sampling.max_new_tokens):
-        at = (t - ahead + begun)[alive]  # the position in the turn
-        token, token_logp = draw(reader.logits, noise[alive, at], sampling)
-        if t < given.shape[1]:
-            token = torch.where(t < ahead[alive], given[alive, t], token)
-        did[alive, t], logp[alive, t], length[alive] = token, token_logp, t + 1
-        ended[alive] = torch.isin(token, ends) & (t >= ahead[alive])
-        left = (~ended[alive] & (at + 1 < sampling.max_new_tokens)).nonzero()[:, 0]
-        if len(left) == 0:
-            break
-        if len(left) < len(alive):
-            alive, token = alive[left], token[left]
-            reader.keep(left)
-        reader.read(token)
-    own = [slice(int(a), int(b)) for a, b in zip(ahead, length, strict=True)]
-    turns = to_turns(policy, views, owner, did.cpu().numpy(), logp.cpu().numpy(), own, ended.cpu().numpy())
-    starts = np.cumsum([0, *(len(k) for k in keys)]).tolist()
+    waiting = deque(
+        Job(view, own[start : start + sampling.rows])
+        for view, own in zip(views, keys, strict=True)
+        for start in range(0, len(own), sampling.rows)
+    )
+    turns: list[Turn] = []
+    while waiting:
+        turns += decode(policy, waiting, sampling)
+    starts = np.cumsum([0, *(len(own) for own in keys)]).tolist()
     return [turns[a:b] for a, b in itertools.pairwise(starts)]
 
 
-def draw(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob. logits (R,V), noise (R,) uniforms."""
-    scores = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), -1)
-    if sampling.temperature == 0.0:
-        token = scores.argmax(-1)
-    else:
-        probs = cut(scores.exp(), sampling).double()
-        cdf = probs.cumsum(-1)
-        token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)
-    return token, scores.gather(-1, token[:, None])[:, 0]
+@torch.inference_mode()
+def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> list[Turn]:
+    """The turns of the jobs that wait, or of those that a reader takes, one after the other.
+
+    A finished row leaves the batch, and where the reader `joins`, rows that wait take its place. Draws are by inverse CDF on
+    uniforms that depend on a sample's key and the position in the turn alone.
+    """
+    jobs = taken(waiting, sampling.rows)
+    reader = begun(policy, jobs, sampling.max_new_tokens)
+    state = Samples.of(jobs, reader.ahead, sampling, policy.device)
+    ends = torch.tensor(policy.end_ids, device=policy.device)
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
+    while True:
+        alive = torch.from_numpy(reader.seats.copy()).to(policy.device)
+        step, ahead = state.steps[alive], state.ahead[alive]
+        at = step - ahead + state.begun[alive]  # the position in the turn
+        token, logp = draw(reader.logits, state.noise[alive, at], sampling)
+        if state.given.shape[1]:
+            given = state.given[alive, step.clamp(max=state.given.shape[1] - 1)]
+            token = torch.where(step < ahead, given, token)
+        drawn.append((alive, token, logp))
+        ended = torch.isin(token, ends)
+        if sampling.stop:
+            ended |= state.stopped(policy, alive, token, sampling.stop)
+        ended &= step >= ahead
+        state.steps[alive], state.ended[alive] = step + 1, ended
+        rows = kept((~ended & (at + 1 < sampling.max_new_tokens)).cpu().numpy())
+        if len(rows) < len(alive):
+            reader.keep(rows)
+            token = token[torch.from_numpy(rows).to(policy.device)]
+        if len(rows):
+            reader.read(token)
+        room = sampling.rows - len(rows)
+        if waiting and reader.joins and (room * FREE >= sampling.rows) and (more := taken(waiting, room)):
+            reader.join([job.view for job in more], [len(job.keys) for job in more])
+            state = state.and_of(Samples.of(more, [np.zeros(0, np.int64)] * len(more), sampling, policy.device))
+            jobs += more
+        elif not len(rows):
+            break
+    turns = to_turns(policy, jobs, state, drawn)
+    if policy.memory is not None and isinstance(reader, SharedReader):
+        views = [job.view for job in jobs for _ in job.keys]
+        read = [np.concatenate([views[i].ids, views[i].prefix, turns[i].did]) for i in reader.cache.seats]
+        policy.memory.store(reader, read)
+    return turns
 
 
-def cut(probs: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (R,V) with all but the top-k, and all past the top-p mass, set to 0."""
-    if sampling.top_k:
-        floor = probs.topk(min(sampling.top_k, probs.shape[-1]), -1).values[:, -1:]
-        probs = torch.where(probs < floor, 0.0, probs)
-    if sampling.top_p < 1.0:
-        order = probs.sort(-1, descending=True)
-        before = order.values.cumsum(-1) - order.values  # mass of the likelier tokens
-        probs = torch.zeros_like(probs).scatter(-1, order.indices, torch.where(before < sampling.top_p, order.values, 0.0))
-    return probs
+def taken(waiting: deque[Job], room: int) -> list[Job]:
+    """Take the first jobs off those that wait, as many as there are rows for."""
+    jobs: list[Job] = []
+    while waiting and len(waiting[0].keys) <= room:
+        jobs.append(waiting.popleft())
+        room -= len(jobs[-1].keys)
+    return jobs
 
 
-def to_turns(
-    policy: LanguageModel, views: list[View], owner: Any, did: Any, logp: Any, own: list[slice], ended: Any
-) -> list[Turn]:
-    """One Turn a sampled row; `own` are the columns that it drew."""
-    texts = policy.tokenizer.batch_decode([did[i, own[i]] for i in range(len(owner))], skip_special_tokens=True)
+def begun(policy: LanguageModel, jobs: Sequence[Job], longest: int) -> Reader:
+    """A reader of the jobs: one that goes on from what the policy has read, if it has read the beginning of each."""
+    views, counts = [job.view for job in jobs], [len(job.keys) for job in jobs]
+    if policy.memory is not None:
+        found = [row for view in views if (row := policy.memory.find(view)) is not None]
+        if len(found) == len(views):
+            return SharedReader.resumed(policy.memory, found, counts, longest)
+    return policy.reader(views, counts, longest)
+
+
+def to_turns(policy: LanguageModel, jobs: Sequence[Job], state: Samples, drawn: Sequence[tuple[Tensor, ...]]) -> list[Turn]:
+    """One Turn a sample, of the (samples, ids, log-probs) that were drawn step by step; ids ahead of a sample's own go."""
+    who, token, logp = (torch.cat(parts).cpu().numpy() for parts in zip(*drawn, strict=True))
+    order = np.argsort(who, kind="stable")
+    cuts, ahead = np.cumsum(state.steps.cpu().numpy())[:-1], state.ahead.tolist()
+    did = [ids[n:] for ids, n in zip(np.split(token[order], cuts), ahead, strict=True)]
+    scored = [x[n:] for x, n in zip(np.split(logp[order], cuts), ahead, strict=True)]
+    texts = policy.tokenizer.batch_decode(did, skip_special_tokens=True)
+    views = [job.view for job in jobs for _ in job.keys]
     return [
-        Turn(
-            seen=views[owner[i]].ids,
-            did=did[i, own[i]].copy(),
-            logp=logp[i, own[i]].copy(),
-            said=Message("assistant", texts[i]),
-            info={"truncated": not ended[i]},
-        )
-        for i in range(len(owner))
+        Turn(view.ids, ids, lp, said=Message("assistant", text), info={"truncated": not ended})
+        for view, ids, lp, text, ended in zip(views, did, scored, texts, state.ended.cpu().numpy(), strict=True)
     ]

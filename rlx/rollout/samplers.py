@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlx.models.language import with_said
+from rlx.models.reader import remembering
 from rlx.rollout.noise import key
 from rlx.types import (
     Component,
@@ -62,14 +63,20 @@ def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[lis
     replies is rendered as an extension of the tokens so far.
     """
     running, turn = [i for i, e in enumerate(episodes) if e.status is Status.RUNNING], 0
-    while running:
-        taken = take(
-            play.policy, [episodes[i] for i in running], [talks[i] for i in running], play, (turn,), [i % n for i in running]
-        )
-        for i, own in zip(running, taken, strict=True):
-            talks[i] = answer(episodes[i], envs[i], talks[i], own)
-        running = [i for i in running if episodes[i].status is Status.RUNNING]
-        turn += 1
+    with remembering(play.policy):
+        while running:
+            taken = take(
+                play.policy,
+                [episodes[i] for i in running],
+                [talks[i] for i in running],
+                play,
+                (turn,),
+                [i % n for i in running],
+            )
+            for i, own in zip(running, taken, strict=True):
+                talks[i] = answer(episodes[i], envs[i], talks[i], own)
+            running = [i for i in running if episodes[i].status is Status.RUNNING]
+            turn += 1
     for episode in episodes:
         episode.info["max_new_tokens"] = play.sampling.max_new_tokens
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlx import world
 from rlx.filters import chain
 from rlx.rollout.samplers import resampled
 from rlx.stages.context import Context
@@ -59,7 +60,7 @@ class Buffer:
         states = [(episode, k) for episode in self.episodes for k in range(len(episode.turns))]
         rng = np.random.default_rng((*seed, 0))
         chosen = [states[i] for i in rng.choice(len(states), min(self.spec.states, len(states)), replace=False).tolist()]
-        made = resampled(models[self.spec.resample], chosen, sampling, (*seed, 1))
+        made = world.first(lambda: resampled(models[self.spec.resample], chosen, sampling, (*seed, 1)))
         self._pairs = [(episode, fresh) for (episode, _), fresh in zip(chosen, made, strict=True)]
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:
@@ -68,6 +69,15 @@ class Buffer:
         if not self.spec.resample:
             return self.some(rows, rng)
         return [x for i in rng.permutation(len(self._pairs))[:rows].tolist() for x in self._pairs[i]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes; those that a step resamples are of that step alone."""
+        return {"episodes": list(self.episodes)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on with them."""
+        self.episodes.clear()
+        self.episodes += saved["episodes"]
 
     def some(self, rows: int, rng: np.random.Generator) -> list[Episode]:
         """Episodes by chance, or the newest."""

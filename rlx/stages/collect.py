@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from rlx import world
 from rlx.build import LANGUAGE
 from rlx.data.write import FORMS, Rows, jsonl
 from rlx.filters import chain
@@ -88,9 +89,8 @@ class Collect:
         keep = [with_models(k, loaded) for k in self.keep]
         sampling = Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p)
         asked = list(grouped(ctx.data(self.data, self.limit)))
-        rows: Rows = []
-        seen: list[Episode] = []
-        kept: list[Episode] = []
+        so_far = Collected()
+        ctx.resume({"collected": so_far})
         for step in ctx.steps(math.ceil(len(asked) / self.prompts_per_step)):
             chosen = asked[(step - 1) * self.prompts_per_step : step * self.prompts_per_step]
             found = played(
@@ -106,15 +106,40 @@ class Collect:
             )
             passed = chain([e for e in found if not math.isnan(e.reward) and e.turns], keep)
             made = [row for group in grouped(passed) for row in FORMS[self.rows](group, self.margin)]
-            rows, seen, kept = rows + made, seen + found, kept + passed
+            so_far.add(made, found, passed)
             ctx.log.step(step, measured(passed, found, made, len(chosen)), found[: 2 * self.group_size] if step == 1 else [])
+        rows, seen, kept = so_far.rows, so_far.seen, so_far.kept
         if not rows:
             raise DataError(
                 f"stages.{ctx.name}: none of {len(asked)} prompts made a row (rows: {self.rows}, {len(kept)} of {len(seen)} "
                 "answers kept)"
             )
-        jsonl(rows, ctx.folder / "out" / "rows.jsonl")
+        if world.leads():
+            jsonl(rows, ctx.folder / "out" / "rows.jsonl")
         return measured(kept, seen, rows, len(asked))
+
+
+class Collected:
+    """What the steps so far have written, played and kept."""
+
+    def __init__(self) -> None:
+        self.rows: Rows = []
+        self.seen: list[Episode] = []
+        self.kept: list[Episode] = []
+
+    def add(self, rows: Rows, seen: list[Episode], kept: list[Episode]) -> None:
+        """Take in a step."""
+        self.rows += rows
+        self.seen += seen
+        self.kept += kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return vars(self)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        vars(self).update(saved)
 
 
 def grouped(episodes: list[Episode]) -> Iterator[list[Episode]]:

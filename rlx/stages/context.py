@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlx import world
 from rlx.data.rows import write
+from rlx.learner import MakeLearner, TorchLearner
 from rlx.report.read import lower_is_better
+from rlx.resume import States
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, freeze, random_heads, target_of
-from rlx.stages.rows import first
+from rlx.stages.models import ModelSpec, freeze, padded, random_heads, target_of
+from rlx.stages.rows import first, mark_of
+from rlx.stages.state import Generators, State
+from rlx.stopping import Stop
 from rlx.track import Log
 from rlx.types import (
     Component,
@@ -94,7 +99,7 @@ class Sources:
         from rlx.data.files import jsonl_rows
         from rlx.data.formats import placed_episodes
 
-        name = f"{ref.stage}/{ref.split}" if ref.source is None else repr(ref.source)
+        name = f"{ref.stage}/{ref.split}" if ref.source is None else written(ref.source)
         if name not in self.rows:
             if ref.source is not None:
                 self.rows[name] = ref.source.call()
@@ -138,20 +143,30 @@ class Sources:
 
 @dataclass(kw_only=True)
 class Context(Sources):
-    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's."""
+    """One stage of one run. `objective` is the metric of this stage that 'best checkpoint' means, if it is this stage's.
+
+    `learner` makes what trains a model, in one process or in several. `step` steps have been taken, and `rollouts` episodes
+    sampled. `state` is all that a step changes, by name (see `resume`).
+    """
 
     log: Log
+    learner: MakeLearner = TorchLearner
     objective: str = ""
+    states: States | None = None
+    stop: Stop = field(default_factory=Stop)
     step: int = 0
+    rollouts: int = 0
     in_training: Mapping[str, Policy] = field(default_factory=dict)
     buffers: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     best: float | None = None
     since_best: int = 0
+    state: dict[str, State] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
 
     def models(self, specs: Mapping[str, ModelSpec], trained: Collection[str] = ()) -> dict[str, Any]:
-        """The models of a stage by name; a random head of one that is not in `trained` is noted."""
+        """The models of a stage by name; random heads that are not `trained`, and padding, are noted."""
         made = super().models(specs)
-        for line in random_heads(made, specs, trained):
+        for line in [*random_heads(made, specs, trained), *padded(made, trained)]:
             self.log.note(f"stages.{self.name}.{line}")
         return made
 
@@ -161,26 +176,78 @@ class Context(Sources):
         return self.run_dir / self.name
 
     def steps(self, total: int, at: Sequence[str] = ()) -> Iterator[int]:
-        """1 to `total`; ends early when the evaluation's patience is spent.
+        """1 to `total`, or on from the state that `resume` has read; ends early when the evaluation's patience is spent.
 
-        Checkpoints are written after the shares of the steps that `at` names (20%), under those names.
+        Checkpoints are written after the shares of the steps that `at` names (20%), under those names; the state when it is
+        due, or where the run is to be stopped. Raises KeyboardInterrupt then.
         """
         self.log.begin(total)
+        self.stop.waits = bool(self.state)
         shares = [(max(1, round(total * float(share.removesuffix("%")) / 100)), share) for share in at]
-        for step in range(1, total + 1):
+        for step in range(self.step + 1, total + 1):
+            world.step(f"step {step} of stage {self.name!r}")
             self.step = step
             yield step
             for share in (name for when, name in shares if when == step):
                 self.checkpoint(checkpoint_name(share))
             if self.log.stopped:
                 break
+            if step < total:  # after the last, what is left is to write the weights
+                self._keep()
+
+    def resume(self, state: Mapping[str, State]) -> None:
+        """Say what the steps of this stage change, before the first of them; go on from the state on disk, if there is one.
+
+        Raises ConfigError where the data is not what it was.
+        """
+        generators = Generators(*self.seeds())
+        self.state = {"stage": self, "log": self.log, "generators": generators, **state}
+        if self.states is None or (saved := self.states.read(self.rows)) is None:
+            return
+        if saved.keys() != self.state.keys():
+            other = ", ".join(sorted(saved.keys() ^ self.state.keys()))
+            raise ConfigError(f"stages.{self.name}: {self.states.folder} is of other code ({other}); remove it to begin anew")
+        for name, part in self.state.items():
+            part.load_state_dict(saved[name])
+        self.log.display.say(f"[{self.name}] goes on after step {self.step}")
+
+    def _keep(self) -> None:
+        """Write the state, if it is time to."""
+        states = self.states if self.state else None
+        asked, due = world.first(lambda: (self.stop.number or world.stop_asked(), states is not None and states.due(self.step)))
+        if states is not None and (asked or due):
+            states.write(self.step, {name: part.state_dict() for name, part in self.state.items()}, self.rows)
+        if asked and (self.stop.waits or not self.stop.number):
+            raise KeyboardInterrupt(asked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, the best evaluation, and marks of the rows, by which other data is noticed."""
+        counts = {"step": self.step, "rollouts": self.rollouts, "best": self.best, "since_best": self.since_best}
+        for name, rows in self.rows.items():
+            if name not in self.marks:
+                self.marks[name] = mark_of(rows)
+        return {**counts, "marks": self.marks}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there. Raises ConfigError where rows have changed."""
+        for name, rows in self.rows.items():
+            self.marks[name] = mark_of(rows)
+            if saved["marks"].get(name, self.marks[name]) != self.marks[name]:
+                raise ConfigError(
+                    f"stages.{self.name}: the rows of @{name.strip('/')} are not those that the stage began with, so it cannot "
+                    "go on; put them back, or start a new run"
+                )
+        self.step, self.rollouts = saved["step"], saved["rollouts"]
+        self.best, self.since_best = saved["best"], saved["since_best"]
 
     def checkpoint(self, name: str) -> None:
         """Write a checkpoint: the models in training in Hugging Face format, and the pools."""
         self.save(self.folder / "checkpoints" / name)
 
     def save(self, folder: Path) -> None:
-        """Write the policy to a folder, what else is trained below its `models/`, and its pools below `buffers/`."""
+        """Write the policy to a folder, what else is trained below its `models/`, its pools below `buffers/`: rank 0 does."""
+        if not world.leads():
+            return
         for name, model in self.in_training.items():
             model.save(folder if name == "policy" else folder / "models" / name)
         for name, episodes in self.buffers.items():
@@ -199,6 +266,11 @@ class Context(Sources):
             self.since_best += 1
         if patience is not None and self.since_best >= patience:
             self.log.stop(f"{self.objective} has not improved in {patience} evaluations")
+
+
+def written(source: Component[Any]) -> str:
+    """A data set by its name and settings: the same in every process."""
+    return f"{source.name} {json.dumps(source.settings, sort_keys=True, default=lambda x: [x.name, x.settings])}"
 
 
 def checkpoint_name(pick: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from rlx import world
 from rlx.metrics import wilson
 from rlx.rewards.score import score
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
+from rlx.stages.spread import spread, together
 from rlx.types import Component, DataRef, Episode, Metric, Play, Reward, Sampler, Sampling
 
 
@@ -77,11 +80,19 @@ def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, fl
             top_p=settings.top_p,
         )
         play = Play(policy, ctx.make_env, sampling, (ctx.seed, 0), ctx.make_vec)
-        episodes = settings.sampler.call(play, rows, num[kind])
-        score(episodes, [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier")
+        with world.phase("evaluation"):
+            one = partial(scored, settings, ctx, play, num[kind])
+            episodes = spread(rows, one, together=together(settings.sampler))
         groups[kind] = [episodes[i : i + num[kind]] for i in range(0, len(episodes), num[kind])]
     values = {m.name: float(m.call(groups[m.reads[0]])) for m in settings.metrics}
     return values, groups.get("greedy") or groups.get("sampled") or []
+
+
+def scored(settings: Measure, ctx: Context, play: Play, n: int, rows: list[Episode]) -> list[Episode]:
+    """`n` episodes of each row, scored by the verifier."""
+    episodes: list[Episode] = settings.sampler.call(play, rows, n)
+    score(episodes, [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier")
+    return episodes
 
 
 def evaluated(policy: Any, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:

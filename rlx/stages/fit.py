@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
-from rlx.learner import TorchLearner, Update
+from rlx.learner import Update
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, follow, refresh, spec_problems
 from rlx.stages.prepare import columns, credit, fill
-from rlx.stages.rows import shuffled, tokenized, with_columns
+from rlx.stages.rows import Shuffled, tokenized, with_columns
+from rlx.stages.state import changing
 from rlx.stages.summary import spent
 from rlx.types import (
     Component,
@@ -95,11 +96,12 @@ class Fit:
         loaded = ctx.models(specs, ["policy"])
         policy = loaded["policy"]
         update = Update(self.loss, self.reduce, self.watch, token_budget=self.token_budget)
-        learner = TorchLearner(policy, self.optim, lr=self.lr, total=self.steps)
+        learner = ctx.learner(policy, self.optim, lr=self.lr, total=self.steps)
         given = with_columns(ctx.data(self.data, self.limit), self.columns, f"stages.{ctx.name}.columns: {self.data}")
         rows = tokenized(given, policy, self.max_length, f"stages.{ctx.name}.data")
-        batches = shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
+        batches = Shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
         ctx.in_training = {"policy": policy}
+        ctx.resume({**changing(loaded, specs, ["policy"]), "learner": learner, "rows": batches})
         metrics = progress.before(self, policy, ctx, spent([learner], 0))
         for step in ctx.steps(self.steps, self.checkpoints):
             chosen = next(batches)

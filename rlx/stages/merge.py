@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from rlx.build import LANGUAGE, hint
 from rlx.report.read import lower_is_better
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Measure, evaluate
-from rlx.stages.models import ModelSpec, as_spec, spec_problems
+from rlx.stages.models import ModelSpec, as_spec, named_weights, spec_problems
 from rlx.types import ConfigError, ModelRef
 
 
@@ -91,13 +90,6 @@ def coefficients(terms: Mapping[str, float], direction: Mapping[str, float], alp
     """The weight of each model in the sum; those of weight 0 are left out, so that what is left is exact."""
     found = {m: terms.get(m, 0.0) + alpha * direction.get(m, 0.0) for m in dict.fromkeys([*terms, *direction])}
     return {m: c for m, c in found.items() if c != 0.0}
-
-
-def named_weights(policy: Any) -> dict[str, Tensor]:
-    """Every weight of a model and its heads by name; tied ones once."""
-    heads = getattr(policy, "heads", None)
-    own = dict(policy.module.named_parameters())
-    return own | ({f"heads.{name}": x for name, x in heads.named_parameters()} if heads is not None else {})
 
 
 def check_alike(models: Mapping[str, Mapping[str, Tensor]], first: str, where: str) -> None:

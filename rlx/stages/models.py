@@ -125,13 +125,23 @@ def random_heads(models: Mapping[str, Any], specs: Mapping[str, ModelSpec], trai
     ]
 
 
+def padded(models: Mapping[str, Any], trained: Collection[str]) -> list[str]:
+    """One line for each language model in training whose sequences cannot be packed."""
+    return [
+        f"models.{name}: its forward pads sequences and reads a prompt once for each answer, because the architecture "
+        "cannot be packed; updates take longer"
+        for name, model in models.items()
+        if name in trained and not getattr(model, "packs", True)
+    ]
+
+
 @torch.no_grad()
 def follow(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], trained: str) -> None:
     """Move the ema targets of a model that has just been updated."""
     for name, spec in specs.items():
         if spec.ema == trained and name in models:
             for target, source in zip(weights(models[name]), weights(models[trained]), strict=True):
-                target.lerp_(source, 1 - spec.decay)
+                target.lerp_(source.to(target.dtype), 1 - spec.decay)  # under ZeRO, bf16 weights are kept in bfloat16
 
 
 @torch.no_grad()
@@ -145,8 +155,14 @@ def refresh(models: Mapping[str, Policy], specs: Mapping[str, ModelSpec], step: 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
     """Every weight of a model, heads included, trained or not."""
-    modules = [policy.module, getattr(policy, "heads", None)]
-    return [p for module in modules if module is not None for p in module.parameters()]
+    return list(named_weights(policy).values())
+
+
+def named_weights(policy: Any) -> dict[str, torch.Tensor]:
+    """Every weight of a model and its heads by name; tied ones once."""
+    heads = getattr(policy, "heads", None)
+    own = dict(policy.module.named_parameters())
+    return own | ({f"heads.{name}": x for name, x in heads.named_parameters()} if heads is not None else {})
 
 
 def freeze(policy: Policy, parts: Iterable[str], where: str) -> None:

@@ -15,7 +15,8 @@ from rlx.stages.draw import draw, sampling
 from rlx.stages.evaluation import Eval
 from rlx.stages.models import ModelSpec, as_spec, refresh
 from rlx.stages.problems import online_problems
-from rlx.stages.rows import shuffled, with_columns
+from rlx.stages.rows import Shuffled, with_columns
+from rlx.stages.state import changing
 from rlx.stages.summary import check_gap, mark, spent, summary
 from rlx.stages.updates import UpdateSpec, learners, train
 from rlx.types import (
@@ -125,18 +126,20 @@ class Online:
         specs = self.needed()
         loaded = ctx.models(specs, [u.train for u in self.all_updates().values()])
         policy = loaded["policy"]
-        updates = learners(self, self.all_updates(), loaded)
+        updates = learners(self, self.all_updates(), loaded, ctx.learner)
         buffers = begun(self.buffers, [u.spec.on for u in updates], policy, ctx)
         rows = with_columns(ctx.data(self.data), self.columns, f"stages.{ctx.name}.columns: {self.data}")
-        prompts = shuffled(rows, self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
+        prompts = Shuffled(rows, self.prompts_per_step, ctx.seeds(), f"stages.{ctx.name}.prompts_per_step")
         ctx.in_training = {"policy": policy, **{u.spec.train: loaded[u.spec.train] for u in updates}}
         ctx.buffers = {name: buffer.episodes for name, buffer in buffers.items() if buffer.spec.save}
-        rollouts, taught = 0, [u.learner for u in updates]
-        metrics = progress.before(self, policy, ctx, spent(taught, rollouts))
+        taught = {f"updates/{u.name}": u.learner for u in updates}
+        stored = {f"buffers/{name}": buffer for name, buffer in buffers.items()}
+        ctx.resume({**changing(loaded, specs, ctx.in_training), **taught, **stored, "prompts": prompts})
+        metrics = progress.before(self, policy, ctx, spent(taught.values(), ctx.rollouts))
         for step in ctx.steps(self.steps, self.checkpoints):
             kept, seen = draw(self, loaded, prompts, buffers, ctx, step)
             metrics = summary(kept, seen)
-            rollouts += len(seen)
+            ctx.rollouts += len(seen)
             for i, buffer in enumerate(buffers.values()):
                 buffer.add(seen)
                 buffer.open(loaded, sampling(self, ctx), ctx.seeds(step, i))
@@ -145,9 +148,9 @@ class Online:
                 mark(kept, batch)
             check_gap(learned, ctx.name)
             refresh(loaded, specs, step)
-            stored = {f"buffer/{name}": float(len(b.episodes)) for name, b in buffers.items()}
+            sizes = {f"buffer/{name}": float(len(b.episodes)) for name, b in buffers.items()}
             shown = seen[: 2 * self.group_size] if step % self.samples_every == 0 or step in (1, self.steps) else []
-            metrics |= learned | stored | spent(taught, rollouts)
+            metrics |= learned | sizes | spent(taught.values(), ctx.rollouts)
             metrics = progress.after(self, policy, ctx, step, metrics, shown)
         ctx.save(ctx.folder / "out")
         return metrics

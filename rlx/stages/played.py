@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from rlx import world
 from rlx.rewards.score import score
 from rlx.stages.context import Sources
 from rlx.stages.models import with_models
+from rlx.stages.spread import spread, together
 from rlx.types import Component, Episode, Play, Reward, Sampler, Sampling
 
 
@@ -29,6 +31,11 @@ def played(
     rewards = [with_models(r, models) for r in reward]
     pay = partial(score, rewards=rewards, where=f"stages.{at.name}.reward")
     play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, pay, pools or {}, step)
-    episodes: list[Episode] = with_models(sampler, models).call(play, rows, n)
-    pay(episodes)
-    return episodes
+
+    def paid(share: list[Episode]) -> list[Episode]:
+        episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
+        pay(episodes)
+        return episodes
+
+    with world.phase("rollouts"):
+        return spread(rows, paid, together=together(sampler))

@@ -28,8 +28,8 @@ def fill(
     wanted: dict[str, tuple[Policy, dict[str, str]]] = {}
     for name, policy in models.items():
         wanted[prefix(name)] = policy, {f"{prefix(name)}_{x}": x for x in policy.offers}
-    for x, policy in owners.items():
-        wanted[f"old {x}"] = policy, {f"old_{x}": x}
+    for x in sorted(owners):  # in the same order on every rank: forwards are divided among them
+        wanted.setdefault(f"old {id(owners[x])}", (owners[x], {}))[1][f"old_{x}"] = x
     if "old_logp" in reads:  # those that drew the tokens are known, and cost no forward
         batch["old_logp"] = batch["rollout_logp"]
     for policy, fields in wanted.values():

@@ -21,7 +21,7 @@ class Training(Protocol):
 
 def before(stage: Training, policy: Any, ctx: Context, used: Mapping[str, float]) -> dict[str, float]:
     """Evaluate before the first step, if the stage evaluates at all; what it measured. `used` is what was spent by then."""
-    if stage.eval is None:
+    if stage.eval is None or ctx.step:  # a stage that goes on has done so
         return {}
     measured, episodes = evaluated(policy, stage.eval, ctx)
     ctx.log.step(0, {**measured, **used}, episodes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,23 +70,45 @@ def tokenized(rows: list[Episode], policy: TextPolicy, max_length: int | None, w
     return whole
 
 
-def shuffled(rows: list[Episode], size: int, seed: tuple[int, ...], where: str) -> Iterator[list[Episode]]:
+class Shuffled(Iterator[list[Episode]]):
     """Endless batches of `size` groups of rows: epoch after epoch, each a new permutation; none stands twice in a batch.
 
     A row that is alone in its group counts as one, as do the rows of a pair. Raises ConfigError where there are fewer
-    groups than a batch takes; `where` is the key that says how many.
+    groups than a batch takes; `where` is the key that says how many. Its state is the place in the data.
     """
-    members: dict[int, list[Episode]] = {}
+
+    def __init__(self, rows: list[Episode], size: int, seed: tuple[int, ...], where: str) -> None:
+        members: dict[int, list[Episode]] = {}
+        for row in rows:
+            members.setdefault(row.group, []).append(row)
+        self.groups, self.size, self.seed = list(members.values()), size, seed
+        if size > len(self.groups):
+            raise ConfigError(f"{where}: {size} asked for, but the data has {len(self.groups)} rows")
+        self.epoch = 0
+        self.waiting: list[int] = []
+
+    def __next__(self) -> list[Episode]:
+        if len(self.waiting) < self.size:
+            order = np.random.default_rng((*self.seed, self.epoch)).permutation(len(self.groups)).tolist()
+            left = set(self.waiting)  # of the last epoch: its repetitions go to the end of this one
+            self.waiting += [i for i in order if i not in left] + [i for i in order if i in left]
+            self.epoch += 1
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [row for i in chosen for row in self.groups[i]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many permutations were drawn, and what is left of them."""
+        return {"epoch": self.epoch, "waiting": np.array(self.waiting, np.int64)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.epoch, self.waiting = saved["epoch"], saved["waiting"].tolist()
+
+
+def mark_of(rows: Sequence[Episode]) -> int:
+    """A number that another order, or another text, of rows does not have (CRC-32)."""
+    mark = 0
     for row in rows:
-        members.setdefault(row.group, []).append(row)
-    groups = list(members.values())
-    if size > len(groups):
-        raise ConfigError(f"{where}: {size} asked for, but the data has {len(groups)} rows")
-    waiting: list[int] = []
-    for epoch in itertools.count():
-        order = np.random.default_rng((*seed, epoch)).permutation(len(groups)).tolist()
-        left = set(waiting)  # of the last epoch: its repetitions go to the end of this one
-        waiting += [i for i in order if i not in left] + [i for i in order if i in left]
-        while len(waiting) >= size:
-            yield [row for i in waiting[:size] for row in groups[i]]
-            waiting = waiting[size:]
+        texts = [message.text for message in row.task.prompt] + [row.completion, str(row.task.answer)]
+        mark = zlib.crc32("\0".join(texts).encode("utf-8", "surrogatepass"), mark)
+    return mark

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from rlx import world
 from rlx.build import LANGUAGE
 from rlx.filters import chain
 from rlx.rollout import samplers
@@ -71,7 +72,8 @@ class Select:
             seed=ctx.seeds(),
         )
         selected = {name: self.groups(name, keep, seen, ctx.name) for name, keep in self.into.items()}
-        write(ctx, self.data.split, selected)
+        if world.leads():
+            write(ctx, self.data.split, selected)
         metrics = {f"share/{name}": len(groups) / len({row.group for row in rows}) for name, groups in selected.items()}
         metrics |= summary(scored(seen), seen) | {"spent/updates": 0.0, "spent/rollouts": float(len(seen)), "spent/tokens": 0.0}
         ctx.log.step(1, metrics, seen[: 2 * self.samples])

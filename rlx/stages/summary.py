@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from rlx.learner import TorchLearner
+from rlx.learner import Learner
 from rlx.types import Batch, Episode, Status
 
 # With more than this (nats a token, in the mean) between the sampled log-probs and the first training forward, the two
@@ -67,7 +67,7 @@ def check_gap(metrics: dict[str, float], stage: str) -> None:
             )
 
 
-def spent(learners: Sequence[TorchLearner], rollouts: int) -> dict[str, float]:
+def spent(learners: Collection[Learner], rollouts: int) -> dict[str, float]:
     """What the stage has used so far: optimiser steps, sampled episodes, and tokens trained on (each epoch counts)."""
     return {
         "spent/updates": float(sum(learner.steps for learner in learners)),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlx.learner import TorchLearner, Update
+from rlx.learner import Learner, MakeLearner, Update
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
 from rlx.stages.fields import reads
@@ -73,7 +73,7 @@ class Trained:
 
     name: str
     spec: UpdateSpec
-    learner: TorchLearner
+    learner: Learner
     update: Update
     reads: set[str]
 
@@ -94,7 +94,7 @@ class Shared(Protocol):
     grad_variance: bool
 
 
-def learners(stage: Shared, updates: Mapping[str, UpdateSpec], loaded: Mapping[str, Any]) -> list[Trained]:
+def learners(stage: Shared, updates: Mapping[str, UpdateSpec], loaded: Mapping[str, Any], make: MakeLearner) -> list[Trained]:
     """An optimiser for each update. The first to train the policy on what was kept compares its log-probs."""
     made: list[Trained] = []
     for name, spec in updates.items():
@@ -110,7 +110,7 @@ def learners(stage: Shared, updates: Mapping[str, UpdateSpec], loaded: Mapping[s
             grad_variance=stage.grad_variance,
         )
         optim, total = spec.optim or stage.optim, spec.total(stage.steps)
-        learner = TorchLearner(loaded[spec.train], optim, lr=spec.lr or 0.0, total=total)
+        learner = make(loaded[spec.train], optim, lr=spec.lr or 0.0, total=total)
         made.append(Trained(name, spec, learner, update, spec.reads))
     return made
 

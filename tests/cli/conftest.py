@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def rlx(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     def call(command: str, *words: str) -> Result:
-        no_recipes = command.startswith("-") or command in ("eval", "report") or "--recipes" in words
+        no_recipes = command.startswith("-") or command in ("eval", "report", "resume") or "--recipes" in words
         own = [] if no_recipes else ["--recipes", "mine"]
         monkeypatch.setattr(sys, "argv", ["rlx", command, *words, *own])
         capfd.readouterr()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlx.compose import compose
-from rlx.reproduce import alone
+from rlx.run import alone
 from rlx.source import claim_hash
 
 RECIPE = """\
@@ -112,7 +112,7 @@ def test_a_claim_is_run_by_one_process_at_a_time(rlx):
             first.terminate()
     said = f"rlx: runs/reproduce/claimed: this claim is being run already (pid {first.pid}); wait for it to end\n"
     assert (second.returncode, second.stdout, second.stderr) == (1, "", said)
-    with alone(lock.parent):
+    with alone(lock.parent, "claim"):
         assert lock.read_text() == str(os.getpid())
 
 

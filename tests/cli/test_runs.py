@@ -92,7 +92,7 @@ def test_stages_that_are_done_are_skipped(rlx):
     assert weights.stat().st_mtime_ns == before
     assert info()["status"] == "finished"
     clocks = {"seconds", "tokens_per_second"}
-    assert not Path("out/rl/checkpoints/step-000077").exists()
+    assert not Path("out/rl/checkpoints/step-000077").exists()  # of steps that this run did not go through
     strip = [{k: v for k, v in row.items() if k not in clocks} for row in rl]
     assert [{k: v for k, v in row.items() if k not in clocks} for row in rows("out/rl/metrics.jsonl")] == strip
 
@@ -139,8 +139,8 @@ def score(episodes):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_run_saves_and_goes_on(rlx, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_run_saves_and_goes_on(rlx, number, status):
     Path("r.py").write_text(SLOW)
     words = [
         "small",
@@ -158,21 +158,41 @@ def test_an_interrupted_run_saves_and_goes_on(rlx, number):
         while process.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(60) == 130
+        assert process.wait(60) == status
     said = Path("log.txt").read_text()
     assert "Traceback" not in said
-    assert said.splitlines()[-1] == (
-        "rlx: interrupted; go on with: rlx train --recipes mine --trust ./r.py small stages.rl.reward=./r.py:score "
-        "stages.rl.steps=30 '~stages.rl.eval' '~objective' run_dir=out"
-    )
+    assert said.splitlines()[-1] == "rlx: interrupted; go on with: rlx resume --trust ./r.py out"
     assert (info()["status"], info()["error"]) == ("interrupted", "in stage 'rl'")
-    assert [path.name for path in Path("out/rl/checkpoints").iterdir()] == ["interrupted"]
-    assert Path("out/rl/checkpoints/interrupted/model.safetensors").is_file()
+    (state,) = Path("out/rl/state").iterdir()
+    step, command = int(state.name.removeprefix("step-")), info()["command"]
+    assert [row["step"] for row in rows("out/rl/metrics.jsonl")] == list(range(1, step + 1))
     Path("fast").touch()
-    assert rlx("train", *words, "run_dir=out").status == 0
-    assert info()["status"] == "finished"
-    assert rows("out/rl/metrics.jsonl")[-1]["step"] == 30
-    assert not Path("out/rl/checkpoints").exists()  # of weights that this run did not go through
+    again = rlx("resume", "out", "--trust", "./r.py")
+    assert (again.status, again.err) == (0, "")
+    assert f"[rl] goes on after step {step}\n" in again.out
+    assert (info()["status"], info()["command"]) == ("finished", command)
+    assert [row["step"] for row in rows("out/rl/metrics.jsonl")] == list(range(1, 31))
+    assert not Path("out/rl/state").exists()
+
+
+def test_resume_takes_the_directory_of_a_run(rlx):
+    wrong = rlx("resume", "nowhere")
+    assert (wrong.status, wrong.err) == (
+        2,
+        "rlx: nowhere: holds no run (no config.yaml); expected the directory of one\n",
+    )
+
+
+def test_two_processes_do_not_run_one_directory(rlx):
+    from rlx.run import alone
+
+    with alone(Path("out"), "run"):
+        second = rlx("train", "small", "run_dir=out")
+    assert (second.status, second.err) == (
+        1,
+        f"rlx: out: this run is being run already (pid {os.getpid()}); wait for it to end\n",
+    )
+    assert rlx("train", "small", "run_dir=out", "~stages.rl", "~stages.test", "~objective").status == 0
 
 
 def test_model_directory_task_files_and_a_reward_of_the_users(rlx):

@@ -16,7 +16,7 @@ OTHER = (
 
 def written() -> dict[Path, int]:
     """Every file of the sweep and when it was written."""
-    return {path: path.stat().st_mtime_ns for path in Path("sweep").rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in Path("sweep").rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def jobs(folder: str) -> dict[str, tuple[int, str]]:

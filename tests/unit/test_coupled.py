@@ -77,6 +77,21 @@ def test_groups_are_never_cut(budget: int) -> None:
     torch.testing.assert_close(again, gradient, atol=1e-6, rtol=1e-4)
 
 
+def by_group(logp: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+    """The square of each group's mean log-probability: (P,)."""
+    found = [inside(logp, mask)[group == g].sum() / mask[group == g].sum() for g in group.unique()]
+    return torch.stack(found).square()
+
+
+@pytest.mark.parametrize("budget", [1, 60])
+def test_a_group_of_one_sequence_counts_as_a_group_in_a_unit_of_its_own(budget: int) -> None:
+    term = component(by_group, "logp", "group", "mask")
+    whole, gradient = step([term], num=5)  # groups of two, two and one
+    cut, again = step([term], budget, num=5)
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    torch.testing.assert_close(again, gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_a_reduction_of_its_own_is_refused_where_there_are_no_tokens() -> None:
     term = component(pairs, "logp", "group", "mask", reduce=TOKEN_MEAN)
     with pytest.raises(ConfigError, match="one number for each group, averaged over groups"):

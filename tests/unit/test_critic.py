@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import random_episodes
 from torch import Tensor
 
 from rlx.advantages import gae, returns
 from rlx.derive import lambda_returns
 from rlx.losses.value import clipped_value, expectile_value, value_mse
+from rlx.models.load import tiny
+from rlx.stages.prepare import fill
 from rlx.types import ConfigError
 
 REWARD, VALUE = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7]])
@@ -138,3 +141,18 @@ def test_the_minimum_is_the_expectile_of_the_targets(expectile: float) -> None:
 def test_an_expectile_that_is_none_is_refused(expectile: float) -> None:
     with pytest.raises(ConfigError, match=f"expectile must be between 0 and 1, got {expectile}"):
         expectile_value(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), expectile=expectile)
+
+
+def test_old_fields_of_one_model_are_of_one_forward_whatever_their_order() -> None:
+    made = tiny(layers=1, hidden=16, heads=2, kv_heads=1, ffn=32).with_heads({"value": "token"}, 0)
+    batch = made.collate(random_episodes(3))
+    own = made.forward(batch, {"value", "entropy"})
+    forwards = []
+    plain = made.forward
+    made.forward = lambda *given: forwards.append(given) or plain(*given)
+    for names in (("value", "entropy"), ("entropy", "value")):
+        filled = made.collate(random_episodes(3))
+        fill(filled, {"old_value", "old_entropy"}, {}, dict.fromkeys(names, made), 10**6, 1.0)
+        torch.testing.assert_close(filled["old_value"], own["value"])
+        torch.testing.assert_close(filled["old_entropy"], own["entropy"])
+    assert len(forwards) == 2

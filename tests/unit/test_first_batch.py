@@ -274,6 +274,35 @@ def test_memory_by_hand() -> None:
     assert memory.rollouts(HALF, 3, 11) == 3 * (2 * 2 * 4 * 2 * 11 + 50 * 24)
 
 
+def test_memory_of_a_rank_by_hand() -> None:
+    """4 ranks; 1000 weights, 100 of them trained."""
+    assert [memory.divided_states(SIZES, None, stage, 4) for stage in range(4)] == [
+        4000 + 400 + 800,
+        4000 + 400 + 300,
+        4000 + 100 + 300,
+        4000 + 100 + 300 + 1000,
+    ]
+    assert memory.divided_states(HALF, None, 0, 4) == 4000 + 400 + 800
+    assert memory.divided_states(HALF, SIZES, 3, 4) == 2000 + 100 + 300 + 500 + 4000
+
+
+def test_weights_that_a_rank_cannot_sample_with_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = dataclasses.replace(SIZES, weights=30 * 10**9, trained=30 * 10**9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert memory.in_ranks(large, None, 2, 8) == [
+        "each of 8 ranks: 180.0 GB stay, 120.0 GB of them the whole weights to sample with"
+    ]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 * 10**9, 80 * 10**9))
+    with pytest.raises(ConfigError) as error:
+        memory.in_ranks(large, None, 2, 8)
+    assert str(error.value) == (
+        "launch: each rank samples with whole weights, 120.0 GB when they are read, and a GPU has 80.0 GB; "
+        "take a smaller model, or sample with vLLM, which divides them"
+    )
+    assert len(memory.in_ranks(dataclasses.replace(large, weights=20 * 10**9), None, 3, 8)) == 1
+
+
 def test_the_estimate_in_words() -> None:
     large = Sizes(
         weights=494_032_768,

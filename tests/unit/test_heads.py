@@ -75,8 +75,8 @@ def test_a_part_of_a_batch_keeps_the_width_of_the_whole(small: LanguageModel) ->
 
 def test_ends_of_turns() -> None:
     turn = torch.tensor([[0, 0, -1, 1, 1], [0, -1, -1, -1, -1]])
-    assert ends(turn, last=False).tolist() == [[0, 3], [0, 0]]
-    assert ends(turn, last=True).tolist() == [[1, 4], [0, 0]]
+    assert ends(turn, 2, last=False).tolist() == [[0, 3], [0, 0]]
+    assert ends(turn, 2, last=True).tolist() == [[1, 4], [0, 0]]
 
 
 def test_heads_travel_with_a_checkpoint(small: LanguageModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,23 @@ from architectures import CONFIGS, episode, model, random_episodes
 from torch import Tensor
 
 from rlx.learner import computed, units
-from rlx.models.language import LanguageModel, token_fields
+from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
+from rlx.models.padded import token_fields
 from rlx.types import Batch
 
 
 @pytest.fixture(scope="module")
 def small() -> LanguageModel:
     return tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64)
+
+
+@pytest.fixture(scope="module")
+def padding(small: LanguageModel) -> LanguageModel:
+    """The same model, as if it could not be packed."""
+    made = copy.copy(small)
+    made.packs = False
+    return made
 
 
 # --------------------------------------------------------------------------- collate
@@ -147,10 +157,10 @@ def test_split_and_order_change_nothing(small: LanguageModel, budget: int) -> No
     torch.testing.assert_close(mixed * batch["mask"][order], (whole * batch["mask"])[order], atol=1e-5, rtol=0)
 
 
-def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> None:
-    batch = small.collate(random_episodes(20))
+def test_units_hold_the_budget_and_every_sequence_once(padding: LanguageModel) -> None:
+    batch = padding.collate(random_episodes(20))
     batch["index"] = torch.arange(20)
-    parts = list(units(batch, 60))
+    parts = list(units(padding, batch, 60))
     assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
     assert len(parts) > 3
     for part in parts:
@@ -159,10 +169,10 @@ def test_units_hold_the_budget_and_every_sequence_once(small: LanguageModel) -> 
 
 
 @pytest.mark.parametrize("budget", [80, 100, 120, 140])
-def test_units_of_whole_groups(small: LanguageModel, budget: int) -> None:
-    batch = small.collate(random_episodes(20)).take([*range(0, 20, 2), *range(1, 20, 2)])
+def test_units_of_whole_groups(padding: LanguageModel, budget: int) -> None:
+    batch = padding.collate(random_episodes(20)).take([*range(0, 20, 2), *range(1, 20, 2)])
     batch["index"] = torch.arange(20)
-    parts = list(units(batch, budget, whole_groups=True))
+    parts = list(units(padding, batch, budget, whole_groups=True))
     assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
     assert sorted(g for part in parts for g in set(part["group"].tolist())) == list(range(10))  # each in one part
     assert 3 < len(parts) < 10  # some hold several groups

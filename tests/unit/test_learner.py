@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import torch
 from architectures import episode, ids, random_episodes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update
+from rlx.learner import NonFinite, TorchLearner, Update, dealt, own_units
 from rlx.losses import likelihood, policy, watch
 from rlx.models.language import LanguageModel
+from rlx.models.layout import num_ids
 from rlx.models.load import tiny
 from rlx.optim import adamw, factor
 from rlx.rollout.native import generate
@@ -92,6 +95,33 @@ def test_gradient_is_that_of_the_loss_by_hand(name: str, budget: int) -> None:
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
     torch.testing.assert_close(found, gradient, atol=2e-6 + 1e-6 * float(gradient.abs().max()), rtol=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often weights are copied to another type."""
+
+    def __init__(self, weights: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.own, self.number = {id(w) for w in weights}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and id(args[0]) in self.own
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16_weights_are_cast_once_for_all_units() -> None:
+    made = tiny(layers=2, hidden=32, heads=2, kv_heads=2, ffn=64, dtype="bf16")
+    batch = batch_of(made)
+    numbers, moves = [], []
+    for budget in (1, 10_000):
+        learner = TorchLearner(copy.deepcopy(made), sgd(), lr=1.0, total=1)
+        with Casts(learner.parameters) as casts:
+            learner.step(batch, Update([PG], REDUCTIONS["token_mean"], token_budget=budget), (0,))
+        numbers.append(casts.number)
+        moves.append(weights(made) - weights(learner.policy))
+    assert numbers[0] == numbers[1] > 0
+    torch.testing.assert_close(*moves, atol=0.02 * float(moves[1].abs().max()), rtol=0)
+    assert float(moves[1].abs().max()) > 0.0
 
 
 def test_terms_have_their_own_weights_and_reductions() -> None:
@@ -309,3 +339,54 @@ def test_gap_shows_another_policy() -> None:
     assert metrics["gap/mean"] == pytest.approx(float(gap.mean()), rel=1e-4)
     assert metrics["gap/max"] == pytest.approx(float(gap.max()), rel=1e-4)
     assert metrics["gap/max"] > 0.01
+
+
+# --------------------------------------------------------------------------- several ranks, too little memory
+def test_units_are_dealt_evenly() -> None:
+    sizes = [7, 1, 9, 3, 3, 5]
+    assert dealt(sizes, 1) == [[0, 1, 2, 3, 4, 5]]
+    assert dealt(sizes, 2) == [[2, 3, 4], [0, 1, 5]]
+    assert dealt([4], 3) == [[0], [], []]
+    for ranks in (2, 3, 5):
+        found = dealt(sizes, ranks)
+        assert sorted(i for own in found for i in own) == list(range(6))
+        load = [sum(sizes[i] for i in own) for own in found]
+        assert max(load) - min(load) <= max(sizes)
+
+
+def test_smaller_units_are_smaller_whatever_bounds_them() -> None:
+    """With a budget above what the batch has, and with one that is what it has once shared prompts count once."""
+    made = model()
+    batch = batch_of(made, 4)
+    for budget in (10**6, num_ids([x.ids for x in batch.inputs])):
+        whole, half = own_units(made, batch, budget), own_units(made, batch, budget, 0.5)
+        assert len(half) >= 2 * len(whole) >= 2
+        assert sum(len(unit.inputs) for unit, _ in half) == 4
+    assert len(own_units(made, batch, 1, 0.5)) == 4
+
+
+def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    def hungry(logp: Tensor, mask: Tensor, *, most: int) -> Tensor:
+        if len(mask) > most:
+            raise torch.OutOfMemoryError
+        return -logp
+
+    def step(most: int, budget: int, times: int = 1) -> tuple[list[dict[str, float]], Tensor]:
+        made = model()
+        term = Component("hungry", partial(hungry, most=most), ("logp", "mask"))
+        learner = TorchLearner(made, sgd(), lr=0.1, total=times)
+        update = Update([term], REDUCTIONS["token_mean"], token_budget=budget)
+        return [learner.step(batch_of(made, 6), update, (0,)) for _ in range(times)], weights(made)
+
+    width = max(x.length for x in batch_of(model(), 6).inputs)
+    plain, there = step(6, 2 * width, times=2)
+    budget = num_ids([x.ids for x in batch_of(model(), 6).inputs])  # all six rows
+    said = capsys.readouterr().out
+    halved, here = step(5, budget, times=2)
+    assert [m.pop("token_budget") for m in halved] == [budget // 2, budget // 2]
+    assert (said, capsys.readouterr().out) == ("", f"! out of memory: token_budget {budget} is halved, and the step repeated\n")
+    for a, b in zip(plain, halved, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert torch.allclose(here, there, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(0, budget)

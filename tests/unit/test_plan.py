@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from rlx.plan import cycle, plan, without
+from rlx.plan import plan, without
+from rlx.references import cycle
 from rlx.types import ConfigError, Episode, Message, Task, Turn
 
 NO = np.zeros(0, np.int64)

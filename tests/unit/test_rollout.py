@@ -9,7 +9,8 @@ from architectures import CONFIGS, ids, model
 
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
-from rlx.rollout.native import cut, draw, generate
+from rlx.rollout.draws import cut, draw
+from rlx.rollout.native import generate
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import plain
 from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Reply, Sampling, Status, Task, Turn, View

@@ -116,6 +116,13 @@ def test_what_only_prints_leaves_the_hash_even_where_it_is_imported(tree, file):
     assert (code_hash(CONFIG), claim_hash(CONFIG)) == before
 
 
+@pytest.mark.parametrize("file", ["launch.py", "ranks.py", "worker.py", "zero.py"])
+def test_what_runs_several_processes_leaves_the_hash_of_a_result(tree, file):
+    before = code_hash(CONFIG), claim_hash(CONFIG)
+    edit(tree / file, "from rlx import probes\n")
+    assert (code_hash(CONFIG), claim_hash(CONFIG)) == before
+
+
 def test_relative_imports(tree):
     edit(tree / "advantages.py", "from .methods import other\n")
     edit(tree / "methods/other.py", "from ..probes import probe\n")

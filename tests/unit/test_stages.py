@@ -31,7 +31,7 @@ from rlx.stages.evaluation import Eval, evaluate
 from rlx.stages.fit import Fit
 from rlx.stages.online import Online
 from rlx.stages.prepare import credit
-from rlx.stages.rows import shuffled, tokenized
+from rlx.stages.rows import Shuffled, tokenized
 from rlx.stages.summary import summary
 from rlx.track import Lines, Log, NoTracker
 from rlx.types import (
@@ -191,14 +191,14 @@ def test_arms_share_prompts_and_first_samples(tmp_path: Path) -> None:
 
 def test_batches_are_epochs_of_permutations() -> None:
     rows = [demo("q", str(i), i) for i in range(5)]
-    batches = shuffled(rows, 3, (0, 1), "here")
+    batches = Shuffled(rows, 3, (0, 1), "here")
     drawn = [[row.group for row in next(batches)] for _ in range(5)]  # three epochs
     assert all(len(set(batch)) == 3 for batch in drawn)
     assert sorted(g for batch in drawn for g in batch) == sorted(list(range(5)) * 3)
-    again = shuffled(rows, 3, (0, 1), "here")
+    again = Shuffled(rows, 3, (0, 1), "here")
     assert [[row.group for row in next(again)] for _ in range(5)] == drawn
     with pytest.raises(ConfigError) as error:
-        next(shuffled(rows, 6, (0,), "stages.sft.rows_per_step"))
+        next(Shuffled(rows, 6, (0,), "stages.sft.rows_per_step"))
     assert str(error.value) == "stages.sft.rows_per_step: 6 asked for, but the data has 5 rows"
 
 
@@ -237,7 +237,7 @@ def test_keep_and_refill_train_on_whole_groups_of_new_prompts(tmp_path: Path) ->
     stage = online(half, keep=[MIXED], refill=3)
     ctx = context(tmp_path, "rl")
     policy = ctx.policy(None)
-    kept, seen = draw(stage, {"policy": policy}, shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": policy}, Shuffled(ctx.data(TRAIN), 4, ctx.seeds(), "here"), {}, ctx, 1)
     groups = [e.group for e in kept]
     assert sorted(groups) == sorted([1, 3, 5, 7] * 4)  # all that there are, none twice
     assert len(seen) == 32
@@ -252,7 +252,7 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
 
     ctx = context(tmp_path, "rl")
     stage = online(few, keep=[MIXED], refill=9, prompts_per_step=5)
-    kept, _ = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, _ = draw(stage, {"policy": ctx.policy(None)}, Shuffled(ctx.data(TRAIN), 5, ctx.seeds(), "here"), {}, ctx, 1)
     assert sorted(e.group for e in kept) == sorted([0, 1, 2, 3, 4] * 4)
     without: set[int] = set()
 
@@ -261,10 +261,10 @@ def test_refill_takes_no_prompt_twice_and_no_more_than_asked(tmp_path: Path) -> 
         return [0.0] * len(episodes) if episodes[0].group in without else by_sample(episodes)
 
     stage = online(all_but_the_first, keep=[MIXED], refill=1, prompts_per_step=3)  # two groups are kept, then three more
-    kept, seen = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": ctx.policy(None)}, Shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert (len(kept), len(seen), len({e.group for e in kept})) == (12, 24, 3)
     stage = online(by_sample, keep=[MIXED], refill=9, prompts_per_step=3)
-    kept, seen = draw(stage, {"policy": ctx.policy(None)}, shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
+    kept, seen = draw(stage, {"policy": ctx.policy(None)}, Shuffled(ctx.data(TRAIN), 3, ctx.seeds(), "here"), {}, ctx, 1)
     assert len(kept) == len(seen) == 12
 
 

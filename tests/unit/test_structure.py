@@ -35,7 +35,7 @@ ROOT = PACKAGE.parent
 # A new module of rlx/ gets its place here.
 LAYERS = """
 types
-tensors
+tensors encoding
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -44,19 +44,26 @@ rollout
 llm
 methods
 optim
+world
 learner
-paths catalogue health track report
+partitions
+zero
+paths catalogue health track report stopping resume
 source
 build
+launch
 unroll
+references relations
 plan
 compose
+ranks
 stages
 check memory probes
 first_batch run
 claims graph
 reproduce
 result evaluate
+worker
 app
 show
 cli
@@ -64,14 +71,22 @@ cli
 # These know nothing of what is above them but the types, so that anything may use them.
 APART = {
     "catalogue": set(),
-    "paths": set(),
+    "paths": {"types"},
     "source": {"catalogue", "paths"},
     "health": set(),
     "track": {"types"},
     "report": {"types"},
+    "encoding": {"types"},
+    "stopping": set(),
+    "resume": {"types", "world", "encoding"},
     "build": {"types", "catalogue"},
+    "world": set(),
+    "launch": {"types", "build"},
+    "ranks": {"types", "stopping", "launch"},
     "unroll": {"build"},
-    "plan": {"types", "catalogue", "build", "paths", "unroll"},
+    "references": {"types", "build"},
+    "relations": {"types", "build", "launch"},
+    "plan": {"types", "catalogue", "build", "paths", "unroll", "resume", "references", "relations"},
     "compose": {"types", "build", "catalogue", "paths"},
     "claims": {"types", "build", "report", "unroll"},
 }

@@ -14,12 +14,13 @@ class Recorder:
     """What wandb.init returns, as far as it is used."""
 
     def __init__(self, fail: bool = False) -> None:
-        self.fail, self.rows, self.axes, self.finished = fail, [], [], False
+        self.fail, self.rows, self.steps, self.axes, self.finished = fail, [], [], [], False
 
-    def log(self, row):
+    def log(self, row, step):
         if self.fail:
             raise ConnectionError("gone")
         self.rows.append(row)
+        self.steps.append(step)
 
     def define_metric(self, name, step_metric):
         self.axes.append((name, step_metric))
@@ -50,7 +51,6 @@ def test_wandb_gets_config_identity_group_and_axes(monkeypatch, tmp_path):
     out.begin(2)
     out.step(1, {"reward": 0.5}, [episode()])
     out.step(2, {"reward": 0.6}, [])
-    sink.finish()
     wanted = {"id": "abc123", "resume": "allow", "group": "sweep", "mode": "offline", "config": {"seed": 3}, "project": "rlx"}
     assert {key: given[key] for key in wanted} == wanted
     assert recorder.axes == [("rl/*", "rl/step")]
@@ -59,6 +59,11 @@ def test_wandb_gets_config_identity_group_and_axes(monkeypatch, tmp_path):
     assert table.columns == ["step", "prompt", "completion", "reward", "advantage", "rewards"]
     assert table.data == [[1, "1+1", "", "1.0", "None", "{'format': 1.0}"]]
     assert recorder.rows[2] == {"rl/reward": 0.6, "rl/step": 2}
+    assert recorder.steps == [1, 1, 2]
+    sink.go_on(7)  # lines that the files have: those after them may be there, and are not added again
+    out.step(3, {"reward": 0.7}, [])
+    assert recorder.steps[-1] == 8
+    sink.finish()
     assert recorder.finished
 
 

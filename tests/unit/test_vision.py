@@ -123,7 +123,7 @@ def own_forward(policy: VisionLanguage, episode: Episode) -> Tensor:
     read["attention_mask"] = torch.ones_like(read["input_ids"])
     if "mm_token_type_ids" in read:
         read["mm_token_type_ids"] = torch.tensor(policy.processor.create_mm_token_type_ids(read["input_ids"].tolist()))
-        policy.base.rope_deltas = None
+        policy.backbone.rope_deltas = None
     with torch.no_grad():
         logits = policy.module(**read).logits[0, len(turn.seen) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.from_numpy(turn.did)[:, None])[:, 0]
@@ -259,7 +259,7 @@ def test_a_batch_gives_what_each_sequence_gives_alone_and_the_same_gradients() -
 def test_samples_of_a_prompt_share_one_look_at_its_image() -> None:
     policy = llava()
     looks: list[int] = []
-    hook = policy.base.vision_tower.register_forward_hook(lambda module, args, out: looks.append(len(out[0])))
+    hook = policy.module.model.vision_tower.register_forward_hook(lambda module, args, out: looks.append(len(out[0])))
     episodes = played(policy, conversations()[:1], Sampling(4))
     policy.forward(policy.collate(episodes), {"logp"})
     hook.remove()

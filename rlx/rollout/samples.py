@@ -1,0 +1,70 @@
+"""What the engine knows of each sample that it decodes, beside what the model has read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlx.rollout.noise import uniforms
+from rlx.types import Ids, Sampling, View
+
+
+class Job(NamedTuple):
+    """A view and the keys of its samples, which begin together."""
+
+    view: View
+    keys: list[int]
+
+
+@dataclass
+class Samples:
+    """Of N samples, in the order in which they were begun.
+
+    noise (N,L): a uniform for each position of the turn. begun, ahead (N,): ids of the turn that are given, and how many of
+    them the reader has yet to read, `given` (N,A). steps, ended (N,): ids read or drawn so far, and whether the last ends the
+    turn. tail (N,B): the last ids, where a stop string is looked for.
+    """
+
+    noise: Tensor
+    begun: Tensor
+    ahead: Tensor
+    given: Tensor
+    steps: Tensor
+    ended: Tensor
+    tail: Tensor
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], ahead: Sequence[Ids], sampling: Sampling, device: torch.device) -> Samples:
+        """Samples that are about to begin; `ahead` are the ids of each job that the reader has yet to read."""
+        rows = torch.from_numpy(np.repeat(np.arange(len(jobs)), [len(job.keys) for job in jobs])).to(device)
+        num = len(rows)
+        window = max((len(stop.encode()) for stop in sampling.stop), default=0)
+        return cls(
+            noise=torch.from_numpy(uniforms([k for job in jobs for k in job.keys], sampling.max_new_tokens)).to(device),
+            begun=torch.tensor([len(job.view.prefix) for job in jobs], device=device)[rows],
+            ahead=torch.tensor([len(ids) for ids in ahead], device=device)[rows],
+            given=pad_sequence([torch.from_numpy(ids) for ids in ahead], batch_first=True).to(device)[rows],
+            steps=torch.zeros(num, dtype=torch.long, device=device),
+            ended=torch.zeros(num, dtype=torch.bool, device=device),
+            tail=torch.full((num, window), -1, device=device),
+        )
+
+    def and_of(self, other: Samples) -> Samples:
+        """These samples and others after them, of the same `given` width."""
+        return Samples(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    def stopped(self, policy: Any, alive: Tensor, token: Tensor, stop: Sequence[str]) -> Tensor:
+        """Whether the text of the ids so far, `token` the last, ends in or just after a stop string: (R,) bool.
+
+        Each id has a byte of text or more, so that as many ids as the longest stop string has bytes hold what is new.
+        """
+        tail = torch.cat([self.tail[alive, 1:], token[:, None]], 1)
+        self.tail[alive] = tail
+        texts = policy.tokenizer.batch_decode([[i for i in row if i >= 0] for row in tail.tolist()])
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=token.device)

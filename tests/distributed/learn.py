@@ -1,0 +1,191 @@
+"""Train small networks on given batches; a rank of several where RANK says so. Writes the metrics to the file that is named.
+
+`python learn.py FILE` uses the learner of one process, `python learn.py FILE 2 3` DeepSpeed's under these stages of ZeRO.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlx import reduce, world
+from rlx.encoding import decode, encode
+from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed, stateful, whole_batch
+from rlx.models.nets import NetPolicy, mlp
+from rlx.optim import adamw
+from rlx.stages.state import Generators
+from rlx.tensors import inside
+from rlx.types import Component, ConfigError, Episode, Message, Status, Task, Turn
+
+DRAW = np.random.default_rng(0)
+# Groups of unequal size and length; in the second batch one sequence alone, so that a rank has nothing.
+BATCHES = [[[3, 7, 2], [9, 1], [4, 4, 4, 12], [5]], [[6]], [[2, 2], [8, 3]]]
+
+
+def episode(group: int, number: int, length: int) -> Episode:
+    token = {"seen": DRAW.normal(size=(length, 4)).astype(np.float32)}
+    if (group, number) == (2, 1):
+        token["trained"] = np.zeros(length, bool)  # fully masked
+    logp = DRAW.normal(size=length).astype(np.float32) - 1
+    turn = Turn(np.zeros(0, np.int64), DRAW.integers(0, 3, length), logp, token=token)
+    return Episode(Task((Message("user", "?"),)), group, [turn], Status.FINISHED, reward=number % 2, label=number % 2 * 2.0 - 1)
+
+
+def group_spread(logp: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    x = inside(logp, mask).sum(1)
+    return torch.stack([x[group == g].square().mean() for g in group.unique()])
+
+
+@whole_batch
+@stateful("level", 0.0, lambda level, logp, mask: 0.5 * level + 0.5 * logp[mask].mean())
+def batch_spread(logp: Tensor, mask: Tensor, level: Tensor) -> Tensor:
+    x = inside(logp, mask).sum(1)
+    return (x - x.mean()).square().mean() + (x.mean() - level).square()
+
+
+NLL = Component("nll", lambda logp, mask: -logp, ("logp", "mask"))
+VALUE = Component("value", lambda value, ret, mask: (value - ret[:, None]).square(), ("value", "ret", "mask"))
+GROUPS = Component("groups", group_spread, ("logp", "mask", "group"))
+COUPLED = Component("coupled", batch_spread, ("logp", "mask", "level"))
+ENTROPY = Component("entropy", lambda entropy, mask: entropy, ("entropy", "mask"))
+MEAN, SEQUENCES = (Component[Any]("r", f) for f in (reduce.token_mean, reduce.seq_mean))
+UPDATES = [
+    Update([NLL, VALUE], SEQUENCES, [ENTROPY], epochs=2, minibatches=2, token_budget=12, sampled=True),
+    Update([NLL], MEAN, token_budget=1000),
+    Update([GROUPS], MEAN, token_budget=20),
+    Update([COUPLED], MEAN, token_budget=16),
+]
+
+
+ADAMW = Component[Any]("adamw", adamw, settings={"clip": 0.5, "schedule": "linear"})
+
+
+class Rounded(NetPolicy):
+    """Computes in bfloat16, and ZeRO may keep its weights so."""
+
+    bf16 = True
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def learned(
+    make: MakeLearner, then: MakeLearner | None = None, updates: Sequence[Update] = UPDATES, kind: type[NetPolicy] = NetPolicy
+) -> list[dict[str, float]]:
+    """The metrics of each step, and the weights and a forward after them. From the fourth on it is `then` that learns."""
+    global DRAW
+    DRAW = np.random.default_rng(0)
+    batches = [[episode(g, i, n) for g, ns in enumerate(sizes) for i, n in enumerate(ns)] for sizes in BATCHES]
+    found: list[dict[str, float]] = []
+    for update in updates:
+        policy = network(kind)
+        learner = make(policy, ADAMW, lr=1e-3, total=40)
+        for step in range(6):
+            if then is not None and step == 3:
+                policy, learner = gone_on(policy, learner, then)
+            found.append(learner.step(policy.collate(batches[step % len(batches)]), update, (step,)))
+        logp = computed(policy, policy.collate(batches[0]), {"logp"}, 16)["logp"]
+        sums = {name: float(weight.detach().double().sum()) for name, weight in policy.module.named_parameters()}
+        found.append({**sums, "logp": float(logp.sum()), "steps": learner.steps, "tokens": learner.tokens})
+    return found
+
+
+def network(kind: type[NetPolicy] = NetPolicy) -> Any:
+    """Weights of sizes that two ranks cannot share evenly."""
+    made = mlp(inputs=4, actions=3, sizes=[7], seed=1)
+    return kind(made.module, made.device, made.name, made.settings)
+
+
+def gone_on(policy: Any, learner: Learner, then: MakeLearner) -> tuple[Any, Learner]:
+    """A new policy and learner in the state of the old ones, by way of what rank 0 would write to a file."""
+    state = learner.state_dict()
+    whole = {"learner": state, "weights": {name: x.detach() for name, x in policy.module.named_parameters()}}
+    read = decode(*world.first(lambda: encode(whole, {})), {})
+    made = network(type(policy))
+    other = then(made, ADAMW, lr=1e-3, total=40)
+    with torch.no_grad():  # as a stage does: the learner has its own copies by then
+        for name, weight in made.module.named_parameters():
+            weight.copy_(read["weights"][name])
+    other.load_state_dict(read["learner"])
+    return made, other
+
+
+def under(stage: int, **more: Any) -> MakeLearner:
+    """The learner of a stage of ZeRO, with every weight divided."""
+    from rlx.zero import learner_of
+
+    return learner_of(stage, {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more}}, 1.0)
+
+
+class Pooled(torch.optim.SGD):
+    """Keeps two numbers of each weight, however large."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["ends"] = p.detach().flatten()[[0, -1]]
+
+
+def refused(make: MakeLearner) -> str:
+    """What is said of an optimiser whose state cannot be divided."""
+    policy = network()
+    batch = policy.collate([episode(0, i, 3) for i in range(4)])
+    try:
+        make(policy, Component("pooled", Pooled), lr=1e-3, total=4).step(batch, UPDATES[1], (0,))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def drawn_again() -> list[bool]:
+    """Whether each rank draws the same after its state is read, and another than the first rank does."""
+    generators = Generators(7)
+    torch.rand(1 + world.rank())
+    saved = decode(*encode(generators.state_dict(), {}), {})
+    drawn = [(float(torch.rand(())), float(np.random.random()), random.random()) for _ in (0, 1)]
+    generators.load_state_dict(saved)
+    same = drawn[0] == (float(torch.rand(())), float(np.random.random()), random.random())
+    firsts = world.gathered(drawn[0][0])
+    return world.gathered(same) + [len(set(firsts)) == len(firsts)]
+
+
+def main(file: Path, stages: list[str]) -> None:
+    torch.set_num_threads(1)
+    found: Any = {"other": {}}
+    if not stages:
+        found = learned(TorchLearner)
+    else:
+        torch.distributed.init_process_group("gloo")
+        made = [under(int(stage)) for stage in stages]
+        some = [UPDATES[0], UPDATES[3]]
+        found["refused"] = refused(made[2])
+        found["drawn"] = drawn_again()
+        found["steps"] = {stage: learned(learner) for stage, learner in zip(stages, made, strict=True)}
+        found["again"] = {stage: learned(learner, learner, some) for stage, learner in zip(stages, made, strict=True)}
+        for stage, learner in zip(stages[1:], made[1:], strict=True):
+            name = f"{stage} in bf16"
+            found["steps"][name] = learned(learner, None, some[:1], Rounded)
+            found["again"][name] = learned(learner, learner, some[:1], Rounded)
+        for i, stage in enumerate(stages):
+            found["other"][f"{stage} {stages[i - 1]}"] = learned(made[i], made[i - 1], some)
+        whole = under(3, stage3_param_persistence_threshold=10**6)
+        found["steps"]["3 whole"] = found["steps"]["3"]
+        found["again"]["3 whole"] = learned(whole, whole, some)
+    if world.leads():
+        file.write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,53 @@
+"""States of a stage on disk, as they are found when it goes on: broken ones are set aside, those of another rlx refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlx.resume import Save, States
+from rlx.types import ConfigError
+
+
+def states(folder: Path, said: list[str] | None = None) -> States:
+    return States(folder / "state", Save(keep=3), [folder / "metrics.jsonl"], (said if said is not None else []).append, "code")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    made = states(tmp_path)
+    for step in (1, 2, 3):
+        made.write(step, {"weight": torch.full((2,), float(step))}, {})
+    return tmp_path
+
+
+def change(path: Path, **values: object) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **values}))
+
+
+def test_the_newest_whole_state_is_read(folder: Path) -> None:
+    saved = states(folder).read({})
+    assert saved is not None
+    assert saved["weight"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("values", [{"step": 7}, {"code": None}, {"files": {}}], ids=str)
+def test_a_broken_state_is_set_aside_and_the_one_before_it_read(folder: Path, values: dict[str, object]) -> None:
+    change(folder / "state" / "step-000003", **values)
+    said: list[str] = []
+    saved = states(folder, said).read({})
+    assert saved is not None
+    assert saved["weight"].tolist() == [2.0, 2.0]
+    assert [line.startswith("! the state of step 3 is skipped: ") for line in said] == [True]
+    assert len(list((folder / "state").glob("step-000003.*.broken"))) == 1
+
+
+def test_a_state_of_another_version_is_refused_and_stays(folder: Path) -> None:
+    newest = folder / "state" / "step-000003"
+    change(newest, version=2)
+    with pytest.raises(ConfigError, match="a state of version 2, and this rlx reads 1"):
+        states(folder)
+    assert newest.is_dir()
