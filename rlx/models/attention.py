@@ -63,6 +63,7 @@ def shareable(module: Any) -> bool:
         and getattr(config, "vision_config", None) is None
         and not getattr(config, "sliding_window", None)
         and not getattr(config, "attn_logit_softcapping", None)
+        and not getattr(config, "final_logit_softcapping", None)  # small logits would not show it
     )
 
 

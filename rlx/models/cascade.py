@@ -42,6 +42,8 @@ def over_prompts(
     two parts are merged by their log-sum-exp (cascade attention; Juravsky et al. 2024, arXiv 2402.05099).
     """
     prompt_key, prompt_value = (x[: len(shared.grid)] for x in shared.prompts[layer])  # (U,K,P,D)
+    if prompt_key.shape[1] != key.shape[1]:  # of a layer that repeats its keys once they are stored (JetMoE)
+        raise NotImplementedError("keys are stored for other heads than they are read for")
     where, column = shared.cell
     together = query[shared.grid].transpose(1, 2).flatten(2, 3)  # (U,K,M*Q,D)
     out, lse = part(together, prompt_key, prompt_value, shared.prompt_mask, scale)

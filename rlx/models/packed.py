@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlx.models.attention import adopt, shareable
 from rlx.models.layout import Row, pack
-from rlx.types import Batch, Ids, Tokens
+from rlx.types import Batch, Ids, Tokens, View
 
 if TYPE_CHECKING:
     from rlx.models.language import LanguageModel
@@ -112,7 +112,8 @@ def packable(policy: LanguageModel) -> bool:
     """Whether the policy's sequences can be packed: two that share a prefix are read as one row, and as they are alone.
 
     Makes `attention` the module's own if so. The comparison sees what no list of architectures would: an attention that
-    takes no layout, positions that are not given, logits that are more than the head's.
+    takes no layout, positions that are not given, logits that are more than the head's, keys that are changed once they are
+    stored. It holds for what `SharedReader` reads as well.
     """
     if not shareable(policy.base):
         return False
@@ -126,12 +127,27 @@ def packable(policy: LanguageModel) -> bool:
         found = policy.module.get_output_embeddings()(states(policy.backbone, row))
         whole = [torch.from_numpy(x)[None].to(policy.device) for x in ids]
         alone = [policy.module(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0] for x in whole]
-        same = all(
-            torch.allclose(found[places], want, rtol=0.0, atol=1e-3 * float(want.abs().max()))
-            for places, want in zip(row.places, alone, strict=True)
-        )
-    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        same = all(alike(found[places], want, 1e-3) for places, want in zip(row.places, alone, strict=True))
+        for apart in (False, True):
+            last = torch.stack([want[-1] for want in alone for _ in range(2)])
+            same = same and alike(decoded(policy, ids, apart=apart), last, 0.05 if policy.bf16 else 1e-3)
+    except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError):
         same = False
     if not same:
         config._attn_implementation = before
     return same
+
+
+def alike(logits: Tensor, wanted: Tensor, share: float) -> bool:
+    """Whether two differ by no more than a share of the largest."""
+    return torch.allclose(logits.float(), wanted.float(), rtol=0.0, atol=share * float(wanted.abs().max()))
+
+
+def decoded(policy: LanguageModel, sequences: list[Ids], *, apart: bool) -> Tensor:
+    """Logits (2N,V) after the last id of each sequence, twice, where its last two are read one by one as rollouts are."""
+    from rlx.models.shared import SharedReader
+
+    reader = SharedReader(policy, [View(ids[:-2]) for ids in sequences], [2] * len(sequences), 2, apart)
+    for last in (-2, -1):
+        reader.read(torch.tensor([ids[last] for ids in sequences for _ in range(2)]))
+    return reader.logits

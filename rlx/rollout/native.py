@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlx.models.cache import kept
 from rlx.models.language import LanguageModel
-from rlx.models.reader import Reader
+from rlx.models.reader import Reader, check_room
 from rlx.models.shared import SharedReader
 from rlx.rollout.draws import draw
 from rlx.rollout.samples import Job, Samples
@@ -103,6 +103,7 @@ def begun(policy: LanguageModel, jobs: Sequence[Job], longest: int) -> Reader:
     """A reader of the jobs: one that goes on from what the policy has read, if it has read the beginning of each."""
     views, counts = [job.view for job in jobs], [len(job.keys) for job in jobs]
     if policy.memory is not None:
+        check_room(policy, views, longest)
         found = [row for view in views if (row := policy.memory.find(view)) is not None]
         if len(found) == len(views):
             return SharedReader.resumed(policy.memory, found, counts, longest)

@@ -247,10 +247,23 @@ def test_the_split_changes_no_field() -> None:
 
 
 # --------------------------------------------------------------------------- who packs
+LATENT = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8},
+    **{"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1},
+    **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"},
+}
+
+
 def test_what_an_architecture_adds_is_not_packed_away() -> None:
     assert not model("gemma2").packs  # windows, soft-capped attention
     assert not tiny_t5().packs
-    for kind, extra in (("CohereConfig", {"logit_scale": 0.5}), ("MistralConfig", {"sliding_window": 4})):
+    for kind, extra in (
+        ("CohereConfig", {"logit_scale": 0.5}),
+        ("MistralConfig", {"sliding_window": 4}),
+        ("NanoChatConfig", {"final_logit_softcapping": 15.0}),  # which small logits hardly feel
+        ("DeepseekV2Config", LATENT),  # values are narrower than keys: read alike, stored otherwise
+        ("JetMoeConfig", {"num_local_experts": 2, "num_experts_per_tok": 2, "kv_channels": 8}),  # keys repeated once stored
+    ):
         settings = {**GROUPED, "vocab_size": 262, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, **extra}
         torch.manual_seed(0)
         module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
