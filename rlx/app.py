@@ -91,8 +91,6 @@ def run_here(config: dict[str, Any], known: Mapping[str, Any], run_dir: Path, tr
     from rlx.run import alone, run
 
     print(f"run directory: {run_dir}", flush=True)
-    with writable(run_dir):
-        pass
     with alone(run_dir, "run"):
         run(made, run_dir, **how)
 

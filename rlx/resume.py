@@ -40,8 +40,8 @@ class Save:
 class States:
     """The states of one stage, in `folder`/step-000080. `logs` are files to which its steps append.
 
-    `found` is the newest whole one. States that are not whole are told (`say`) and
-    set aside. Every rank reads them, rank 0 writes.
+    `found` is the newest whole one. States that are not whole are told (`say`) and set aside. Every rank reads
+    them, rank 0 writes.
     """
 
     def __init__(self, folder: Path, save: Save, logs: Sequence[Path], say: Callable[[str], None], code: str = "") -> None:

@@ -27,7 +27,7 @@ from rlx.build import hint
 from rlx.health import health
 from rlx.launch import launch_of
 from rlx.learner import MakeLearner, TorchLearner
-from rlx.paths import PACKAGE
+from rlx.paths import PACKAGE, writable
 from rlx.plan import Plan
 from rlx.resume import States
 from rlx.source import code_hash
@@ -111,7 +111,7 @@ def run(
             if world.leads():
                 (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 said += f"\nthe traceback is in {run_dir / 'error.txt'}"
-        if any((run_dir / current / STATE).glob("step-*")):
+        if any(not path.suffix for path in (run_dir / current / STATE).glob("step-*")):
             said += f"\nonce that is put right, go on from the last state with: rlx resume {run_dir}"
         raise Failed(said) from error
     finally:
@@ -121,9 +121,13 @@ def run(
 
 @contextlib.contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes out of a folder, since two would write the same stages. Raises Failed where one is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:  # the kernel frees it however this process ends
+    """Keep other processes out of a folder, since two would write the same stages.
+
+    Raises Failed where one is in it, ConfigError where it cannot be written.
+    """
+    with writable(folder):
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    with file as lock:  # the kernel frees it however this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -238,14 +242,9 @@ def start(plan: Plan, run_dir: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
     `said`: what run.json holds of the command.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    with writable(run_dir):
         (run_dir / ".writable").touch()
         (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another with run_dir=DIR"
-        ) from error
     saved = run_dir / "config.yaml"
     if saved.is_file():
         if changes := differences(yaml.safe_load(saved.read_text()), plan.config):

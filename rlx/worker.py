@@ -41,7 +41,6 @@ def train(job: dict[str, Any], folder: Path) -> None:
     """Bind the resolved config and run it."""
     from rlx import world
     from rlx.launch import launch_of
-    from rlx.paths import writable
     from rlx.plan import plan
     from rlx.run import alone, quiet, run
 
@@ -52,10 +51,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
     for line in made.notices:
         print(f"note: {line}")
     run_dir = Path(job["run_dir"])
-    with contextlib.ExitStack() as held:
-        if world.leads():
-            with writable(run_dir):
-                held.enter_context(alone(run_dir, "run"))
+    with alone(run_dir, "run") if world.leads() else contextlib.nullcontext():
         try:
             run(made, run_dir, share=job["share"], **job["how"])
         except KeyboardInterrupt:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from rlx.ranks import free_port
+from started import run
 
 SCRIPT = Path(__file__).with_name("learn.py")
 
 
 def learned(file: Path, *stages: str) -> Any:
-    ranks = 2 if stages else 1
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(SCRIPT), str(file), *stages]
-    children = [subprocess.Popen(command, env={**own, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(ranks)]
-    assert [child.wait() for child in children] == [0] * ranks
+    run(SCRIPT, file, *stages)
     return json.loads(file.read_text())
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from rlx.ranks import free_port
+from started import run
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from catalogued import cases, check
@@ -19,12 +16,7 @@ SCRIPT = Path(__file__).with_name("walk.py")
 
 
 def walked(file: Path, *stages: str) -> Any:
-    ranks = 2 if stages else 1
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    own |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(SCRIPT), str(file), *stages]
-    children = [subprocess.Popen(command, env={**own, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(ranks)]
-    assert [child.wait() for child in children] == [0] * ranks
+    run(SCRIPT, file, *stages)
     return torch.load(file)
 
 
