@@ -43,6 +43,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "paid_at_end": "rlx.derive:paid_at_end",
         "value_in_use": "rlx.methods.rlgf:value_in_use",
         "lambda_returns": "rlx.derive:lambda_returns",
+        "rollout_correction": "rlx.derive:rollout_correction",
     },
     "watch": {
         "clip_fraction": "rlx.losses.watch:clip_fraction",

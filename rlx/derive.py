@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlx import tensors
+from rlx.types import ConfigError
 
 
 def kl_penalty(
@@ -46,3 +47,32 @@ def paid_at_end(ret: Tensor, mask: Tensor) -> Tensor:
     on the last trained position, and this on the last of all.
     """
     return torch.where(tensors.last_position(mask), ret[:, None], 0.0)
+
+
+def rollout_correction(
+    old_logp: Tensor,
+    rollout_logp: Tensor,
+    mask: Tensor,
+    *,
+    level: Literal["token", "sequence"] = "token",
+    how: Literal["truncate", "mask"] = "truncate",
+    cap: float = 2.0,
+    floor: float = 0.0,
+) -> Tensor:
+    """w = old / rollout, the importance weight of tokens that an engine drew with other numbers than the trainer's: (N,T).
+
+    rollout_logp is the engine's, old_logp the trainer's own for the same weights, in nats. `level: sequence` gives each token
+    the product over its sequence. `truncate` limits w to [floor, cap] (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"), `mask` makes it 0 outside (IcePop, Ling team 2025). Written `into:
+    correction`, it multiplies the advantage. It is 1 where the two agree.
+
+    Raises ConfigError unless 0 <= floor <= 1 <= cap.
+    """
+    if not 0 <= floor <= 1 <= cap:
+        raise ConfigError(f"rollout_correction: expected 0 <= floor <= 1 <= cap, got floor {floor}, cap {cap}")
+    logs = tensors.log_ratio(old_logp, rollout_logp, mask)
+    if level == "sequence":
+        logs = logs.sum(-1, keepdim=True).expand_as(logs)
+    weight = tensors.ratio(logs)
+    limited = weight.clamp(floor, cap)
+    return torch.where(mask, limited if how == "truncate" else torch.where(limited == weight, weight, 0.0), 0.0)

@@ -188,6 +188,7 @@ FIELDS: dict[str, Field] = {
     "mask": Field("N,T", "bool", "collate", "True where the policy acted and the token is trained on"),
     "reward": Field("N,T", "float", "collate", "what was paid, where it was paid: on the last trained position of each turn"),
     "adv": Field("N,T", "float", "advantage", "advantage of each position"),
+    "correction": Field("N,T", "float", "derive", "importance weight of what the engine drew, by which adv is multiplied"),
     "returns": Field("N,T", "float", "derive", "target of the critic at each position"),
     "ret": Field("N", "float", "collate", "total reward of the episode"),
     "bootstrap": Field(

@@ -23,14 +23,17 @@ def fill(
 ) -> None:
     """Add the fields of `reads` that models make and the forward in training does not: `ref_logp`, `critic_value`, `old_value`.
 
-    `owners` maps what the trained models offer to the model that offers it: `old_x` is its x of now.
+    `owners` maps what the trained models offer to the model that offers it: `old_x` is its x of now. The engine's log-probs
+    are the old policy's, but where something reads both: there a forward computes `old_logp`, the trainer's own.
     """
     wanted: dict[str, tuple[Policy, dict[str, str]]] = {}
     for name, policy in models.items():
         wanted[prefix(name)] = policy, {f"{prefix(name)}_{x}": x for x in policy.offers}
+    drew = {"logp": models["policy"]} if "policy" in models else {}  # a critic computes log-probs as well, but drew nothing
+    owners = {**owners, **drew}
     for x in sorted(owners):  # in the same order on every rank: forwards are divided among them
         wanted.setdefault(f"old {id(owners[x])}", (owners[x], {}))[1][f"old_{x}"] = x
-    if "old_logp" in reads:  # those that drew the tokens are known, and cost no forward
+    if "old_logp" in reads and "rollout_logp" not in reads:  # those that drew the tokens are known, and cost no forward
         batch["old_logp"] = batch["rollout_logp"]
     for policy, fields in wanted.values():
         missing = {name: x for name, x in fields.items() if name in reads and name not in batch}
@@ -46,7 +49,7 @@ def columns(batch: Batch, names: Sequence[str], episodes: Sequence[Episode]) -> 
 
 
 def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequence[Component[Advantage]]) -> None:
-    """Run the derives in order, then the advantages (a weighted sum), on the whole batch."""
+    """Run the derives in order, then the advantages (a weighted sum, times `correction` if there is one), on the whole batch."""
     for d in derive:
         value = d.call(*(batch[name] for name in d.reads))
         batch[d.into] = batch[d.into] + value if d.add else value
@@ -57,3 +60,14 @@ def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequenc
     if advantage:
         parts = [a.weight * a.call(*(batch[name] for name in a.reads)) for a in advantage]
         batch["adv"] = sum(parts[1:], parts[0])
+        if "correction" in batch:
+            batch["adv"] = batch["adv"] * batch["correction"]
+
+
+def corrections(batch: Batch) -> dict[str, float]:
+    """The weights by which the rollout engine's gap is corrected, over trained tokens; nothing where none are."""
+    if "correction" not in batch or not batch["mask"].any():
+        return {}
+    weights = batch["correction"][batch["mask"]]
+    shown = {"mean": weights.mean(), "min": weights.min(), "max": weights.max(), "zero": (weights == 0).float().mean()}
+    return {f"correction/{name}": float(x) for name, x in shown.items()}

@@ -13,7 +13,7 @@ from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
 from rlx.stages.fields import reads
 from rlx.stages.models import ModelSpec, follow
-from rlx.stages.prepare import columns, credit, fill
+from rlx.stages.prepare import columns, corrections, credit, fill
 from rlx.types import (
     Advantage,
     Batch,
@@ -146,7 +146,7 @@ def train(
     for credited, together in alike.items():
         if together:
             whole[credited] = batch_of(together[0], list(kept), {name for v in together for name in v.reads})
-    metrics: dict[str, float] = {}
+    metrics = {name: value for batch in whole.values() for name, value in corrections(batch).items()}
     for u in due:
         found: list[dict[str, float]] = []
         for draw in range(u.spec.steps):

@@ -12,6 +12,7 @@ from architectures import episode
 from test_stages import DATA, DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
 
 from rlx.build import Binder
+from rlx.derive import rollout_correction
 from rlx.data.files import jsonl
 from rlx.data.formats import turn
 from rlx.data.rows import row_of
@@ -20,8 +21,10 @@ from rlx.plan import plan
 from rlx.rollout.native import generate
 from rlx.rollout.samplers import plain, resampled
 from rlx.stages.buffers import Buffer, BufferSpec
+from rlx.stages.draw import draw
 from rlx.stages.models import ModelSpec, Refresh, target_of, weights
 from rlx.stages.online import Online
+from rlx.stages.prepare import fill
 from rlx.stages.updates import UpdateSpec
 from rlx.tensors import inside
 from rlx.types import (
@@ -528,3 +531,40 @@ def test_a_model_is_named_only_where_the_stage_puts_it_in_place() -> None:
         "stages.test.verifier: 'model_score' is given a model of the stage (model), which works in the reward, keep and "
         "sampler of online and collect only"
     )
+
+
+def test_who_reads_the_engine_s_log_probs_beside_the_old_policy_s_gets_the_trainer_s_own(tmp_path: Path) -> None:
+    stage = two()
+    ctx = context(tmp_path, "rl")
+    models = ctx.models(stage.specs())
+    episodes = draw(stage, models, iter([ctx.data(stage.data)[:2]]), {}, ctx, 1)[0]
+    for turn in (turn for episode in episodes for turn in episode.turns):
+        turn.logp = turn.logp - 0.5  # as an engine with other numbers
+    owners = {"logp": models["critic"]}
+    models["critic"].module.get_output_embeddings().weight.data.mul_(3.0)
+    found = []
+    for reads in ({"old_logp"}, {"old_logp", "rollout_logp"}):
+        batch = models["policy"].collate(episodes)
+        fill(batch, reads, models, owners, 4096, 1.0)
+        found.append((batch["old_logp"] - batch["rollout_logp"])[batch["mask"]])
+    assert not found[0].any()
+    assert torch.allclose(found[1], torch.tensor(0.5), atol=1e-5)
+
+
+def test_gap_and_correction_of_the_native_engine_are_logged_and_change_nothing(tmp_path: Path) -> None:
+    correct = Component("c", rollout_correction, ("old_logp", "rollout_logp", "mask"), into="correction")
+    rows = []
+    for name, derive in (("plain", []), ("corrected", [correct])):
+        stage = online(by_sample, derive=derive)
+        assert stage.problems() == []
+        stage.run(context(tmp_path / name, "rl"))
+        rows.append(record(tmp_path / name, "rl"))
+    for free, corrected in zip(*rows, strict=True):
+        assert corrected["gap/mean"] < 1e-5
+        assert {k: round(v, 4) for k, v in corrected.items() if k.startswith("correction/")} == {
+            "correction/mean": 1.0,
+            "correction/min": 1.0,
+            "correction/max": 1.0,
+            "correction/zero": 0.0,
+        }
+        assert corrected["loss"] == pytest.approx(free["loss"], abs=1e-4)
