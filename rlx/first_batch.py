@@ -156,7 +156,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
     play = Play(
         policy=loaded["policy"],
         make_env=at.make_env,
-        sampling=Sampling(cut, stage.temperature),
+        sampling=Sampling(cut, stage.temperature, stop=tuple(stage.stop)),
         seed=at.seeds(1, 0),
         make_vec=at.make_vec,
         models=loaded,

@@ -14,11 +14,12 @@ from rlx.data.write import FORMS, Rows, jsonl
 from rlx.filters import chain
 from rlx.rollout import samplers
 from rlx.stages.context import Context
+from rlx.stages.drawing import drawing, drawing_problems
 from rlx.stages.fields import misnamed
 from rlx.stages.models import ModelSpec, as_spec, named, spec_problems, with_models
 from rlx.stages.played import played
 from rlx.stages.summary import average, summary
-from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Reward, Sampler, Sampling
+from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Reward, Sampler
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,8 @@ class Collect:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int | None = None
     limit: int | None = None
     prompts_per_step: int = 64
@@ -65,7 +68,8 @@ class Collect:
     def problems(self, base: frozenset[str] = LANGUAGE) -> list[str]:
         """What is wrong with the settings taken together."""
         specs = self.specs()
-        found = spec_problems(specs) + misnamed(specs, reward=self.reward, keep=self.keep, sampler=[self.sampler])
+        found = drawing_problems(self) + spec_problems(specs)
+        found += misnamed(specs, reward=self.reward, keep=self.keep, sampler=[self.sampler])
         if self.policy is not None and "policy" in self.models:
             found.append("policy: given twice, here and in models")
         if self.rows in ("pairs", "all_pairs") and self.group_size < 2 and samplers.plays(self.sampler):
@@ -87,7 +91,7 @@ class Collect:
         specs = self.specs()
         loaded = ctx.models({name: spec for name, spec in specs.items() if name != "policy" or self.asks_policy()})
         keep = [with_models(k, loaded) for k in self.keep]
-        sampling = Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p)
+        sampling = drawing(self, ctx)
         asked = list(grouped(ctx.data(self.data, self.limit)))
         so_far = Collected()
         ctx.resume({"collected": so_far})

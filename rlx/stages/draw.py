@@ -24,12 +24,13 @@ class Rollouts(Protocol):
     group_size: int
     refill: int
     temperature: float
+    stop: list[str]
     max_new_tokens: int | None
 
 
 def sampling(stage: Rollouts, ctx: Context) -> Sampling:
     """How the policy draws."""
-    return Sampling(ctx.max_new_tokens(stage.max_new_tokens), stage.temperature)
+    return Sampling(ctx.max_new_tokens(stage.max_new_tokens), stage.temperature, stop=tuple(stage.stop))
 
 
 def draw(

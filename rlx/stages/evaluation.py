@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from rlx.metrics import wilson
 from rlx.rewards.score import score
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
+from rlx.stages.drawing import drawing, drawing_problems
 from rlx.stages.spread import spread, together
-from rlx.types import Component, DataRef, Episode, Metric, Play, Reward, Sampler, Sampling
+from rlx.types import Component, DataRef, Episode, Metric, Play, Reward, Sampler
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,8 @@ class Measure:
     """What is measured on held-out tasks, and how the answers are drawn.
 
     `metrics` that read `sampled` rollouts get `samples` of them a task (default: as many as the largest k asks for), at
-    `temperature`, from the `top_k` likeliest tokens (0: all) and those that hold `top_p` of the probability.
+    `temperature`, from the `top_k` likeliest tokens (0: all), those that hold `top_p` of the probability, and those at
+    least `min_p` times as likely as the likeliest. An answer ends with the token that completes one of the `stop` strings.
     """
 
     data: DataRef
@@ -30,6 +32,8 @@ class Measure:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int | None = None
     limit: int | None = None
     verifier: Component[Reward] | None = None
@@ -37,9 +41,7 @@ class Measure:
 
     def problems(self, base: frozenset[str] = frozenset()) -> list[str]:
         """What is wrong with the settings taken together."""
-        found = [] if self.top_k >= 0 else [f"top_k: expected 0 (all tokens) or more, got {self.top_k}"]
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        found = drawing_problems(self)
         for metric in self.metrics:
             k = int(metric.settings.get("k", 1))
             if metric.reads[0] == "sampled" and self.samples is not None and self.samples < k:
@@ -73,12 +75,9 @@ def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, fl
     num = {"greedy": 1, "sampled": settings.samples or max(wanted, default=1)}
     groups: dict[str, list[list[Episode]]] = {}
     for kind in sorted(reads):
-        sampling = Sampling(
-            max_new_tokens=ctx.max_new_tokens(settings.max_new_tokens),
-            temperature=0.0 if kind == "greedy" else settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        )
+        sampling = drawing(settings, ctx)
+        if kind == "greedy":
+            sampling = replace(sampling, temperature=0.0)
         play = Play(policy, ctx.make_env, sampling, (ctx.seed, 0), ctx.make_vec)
         with world.phase("evaluation"):
             one = partial(scored, settings, ctx, play, num[kind])

@@ -42,8 +42,8 @@ class Online:
     `loss` and the keys beside it are short for one update of the policy, of `epochs` x `minibatches` optimiser steps;
     `updates` says what is trained in which order where there are several. `policy`, `reference` and `value` are short for
     the models policy, reference and critic. `refill`: how many times new prompts are drawn to make up for groups that
-    `keep` dropped. Sampled log-probs are the old policy's: no forward is spent on them, and their gap to the training
-    forward is logged.
+    `keep` dropped. A turn ends with the token that completes one of the `stop` strings. Sampled log-probs are the old
+    policy's: no forward is spent on them, and their gap to the training forward is logged.
     """
 
     gives_models_to: ClassVar[tuple[str, ...]] = ("reward", "keep", "sampler")
@@ -72,6 +72,7 @@ class Online:
     epochs: int = 1
     minibatches: int = 1
     temperature: float = 1.0
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int | None = None
     token_budget: int = 16384
     watch: list[Component[Watch]] = field(default_factory=list)

@@ -49,7 +49,7 @@ def columns(batch: Batch, names: Sequence[str], episodes: Sequence[Episode]) -> 
 
 
 def credit(batch: Batch, derive: Sequence[Component[Derive]], advantage: Sequence[Component[Advantage]]) -> None:
-    """Run the derives in order, then the advantages (a weighted sum, times `correction` if there is one), on the whole batch."""
+    """Run the derives in order, then the advantages on the whole batch: a weighted sum, times `correction` if there is one."""
     for d in derive:
         value = d.call(*(batch[name] for name in d.reads))
         batch[d.into] = batch[d.into] + value if d.add else value

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlx.build import hint
 from rlx.stages.buffers import BufferSpec
+from rlx.stages.drawing import stop_problems
 from rlx.stages.fields import DRAWN, PLAYED, misnamed, reads, taken
 from rlx.stages.fields import problems as field_problems
 from rlx.stages.models import ModelSpec, offers, spec_problems
@@ -21,7 +22,8 @@ def online_problems(stage: Online, base: frozenset[str]) -> list[str]:
     """One line for each mistake; `base` are the fields that the recipe's model computes."""
     specs, updates = stage.specs(), stage.all_updates()
     trained = [update.train for update in updates.values()]
-    found = spec_problems(specs) + misnamed(specs, reward=stage.reward, keep=stage.keep, sampler=[stage.sampler])
+    found = stop_problems(stage.stop) + spec_problems(specs)
+    found += misnamed(specs, reward=stage.reward, keep=stage.keep, sampler=[stage.sampler])
     if stage.updates and stage.loss:
         found.append("loss: with `updates`, each update has its own; leave it out")
     for key in ("policy", "reference", "value"):

@@ -13,9 +13,10 @@ from rlx.build import LANGUAGE
 from rlx.filters import chain
 from rlx.rollout import samplers
 from rlx.stages.context import Context
+from rlx.stages.drawing import drawing, drawing_problems
 from rlx.stages.played import played
 from rlx.stages.summary import average, summary
-from rlx.types import Component, ConfigError, DataRef, Episode, Keep, ModelRef, Reward, Sampler, Sampling
+from rlx.types import Component, ConfigError, DataRef, Episode, Keep, ModelRef, Reward, Sampler
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,8 @@ class Select:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int | None = None
     limit: int | None = None
     empty: Literal["error", "all"] = "error"
@@ -49,7 +52,7 @@ class Select:
 
     def problems(self, base: frozenset[str] = LANGUAGE) -> list[str]:
         """What is wrong with the settings taken together."""
-        found = [] if self.into else ["into: required; name at least one selection"]
+        found = drawing_problems(self) + ([] if self.into else ["into: required; name at least one selection"])
         if not self.data.split or self.data.stage:
             found.append("data: expected a split of the task (@task/SPLIT)")
         return found
@@ -68,7 +71,7 @@ class Select:
             sampler=self.sampler,
             reward=self.reward or [ctx.verifier],
             models={"policy": ctx.policy(self.policy)},
-            sampling=Sampling(ctx.max_new_tokens(self.max_new_tokens), self.temperature, self.top_k, self.top_p),
+            sampling=drawing(self, ctx),
             seed=ctx.seeds(),
         )
         selected = {name: self.groups(name, keep, seen, ctx.name) for name, keep in self.into.items()}

@@ -13,6 +13,7 @@ from rlx.rollout.draws import cut, draw
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import plain
+from rlx.rollout.samples import Job, Samples
 from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Reply, Sampling, Status, Task, Turn, View
 
 PROMPTS = [View(ids(3, 60, 61, 4)), View(ids(3, 70, 4)), View(ids(3, 60, 61, 62, 63, 64, 65, 66, 4))]
@@ -137,6 +138,41 @@ def test_top_k_and_top_p_cut_the_tail_and_leave_the_score() -> None:
     assert cut(PROBS, Sampling(1, top_p=0.65)).gt(0).tolist() == [[True, False, True, False]]
     assert cut(PROBS, Sampling(1, top_p=0.9)).gt(0).tolist() == [[True, True, True, False]]
     assert drawn(0.9999, top_k=2) == (2, pytest.approx(float(PROBS[0, 2].log()), abs=1e-6))
+
+
+def test_min_p_keeps_what_is_a_share_of_the_likeliest_as_likely() -> None:
+    assert cut(PROBS, Sampling(1, min_p=0.13)).gt(0).tolist() == [[True, True, True, False]]  # 0.13 x .6439 = .0837
+    assert cut(PROBS, Sampling(1, min_p=0.14)).gt(0).tolist() == [[True, False, True, False]]  # .0901
+    score = [float(p.log()) for p in PROBS[0]]  # of the whole distribution; drawn from .6439 / .8808 = .7311 and the rest
+    assert drawn(0.730, min_p=0.14) == (0, pytest.approx(score[0], abs=1e-6))
+    assert drawn(0.732, min_p=0.14) == (2, pytest.approx(score[2], abs=1e-6))
+    hot = Sampling(1, temperature=4.0, min_p=0.14)  # the share is of the scaled distribution: nothing is cut here
+    assert int(draw(LOGITS, torch.tensor([0.99], dtype=torch.float64), hot)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"),
+    [
+        ([0, 1, 2, 0], 2),  # begins in the middle of one id and ends in the middle of the next
+        ([3, 4, 5], 2),
+        ([3, 4, 0, 5], None),
+        ([6, 0], 0),  # whole within an id
+        ([0] * 9 + [3, 4, 5], 11),
+    ],
+)
+def test_a_stop_string_is_found_across_ids(ids: list[int], ends: int | None) -> None:
+    pieces = ["ab", "c<e", "nd>x", "<", "end", ">", "a<end>b"]
+
+    class Policy:
+        class tokenizer:
+            @staticmethod
+            def batch_decode(rows: list[list[int]]) -> list[str]:
+                return ["".join(pieces[i] for i in row) for row in rows]
+
+    sampling = Sampling(20, stop=("<end>", "never"))
+    state = Samples.of([Job(View(np.zeros(1, np.int64)), [1])], [np.zeros(0, np.int64)], sampling, torch.device("cpu"))
+    found = [bool(state.stopped(Policy, torch.tensor([0]), torch.tensor([i]), sampling.stop)) for i in ids]
+    assert (found.index(True) if True in found else None) == ends
 
 
 def test_frequencies_are_those_of_the_softmax() -> None:

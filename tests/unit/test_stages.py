@@ -24,14 +24,17 @@ from rlx.losses import policy as policy_losses
 from rlx.models.load import tiny
 from rlx.rewards.rules import answer_match
 from rlx.rollout.samplers import plain
+from rlx.stages.collect import Collect
 from rlx.stages.context import Context
 from rlx.stages.draw import draw
+from rlx.stages.drawing import drawing
 from rlx.stages.evaluate import Evaluate
 from rlx.stages.evaluation import Eval, evaluate
 from rlx.stages.fit import Fit
 from rlx.stages.online import Online
 from rlx.stages.prepare import credit
 from rlx.stages.rows import Shuffled, tokenized
+from rlx.stages.select import Select
 from rlx.stages.summary import summary
 from rlx.track import Lines, Log, NoTracker
 from rlx.types import (
@@ -43,6 +46,7 @@ from rlx.types import (
     Message,
     ModelRef,
     Play,
+    Sampling,
     Status,
     Task,
     TaskSource,
@@ -456,15 +460,63 @@ def test_sampled_evaluation_cuts_the_tail(tmp_path: Path) -> None:
 
     greedy = said(metrics=[ACCURACY])
     assert said(metrics=[pass_at], top_k=1) == said(metrics=[pass_at], top_p=1e-6) == greedy
+    assert said(metrics=[pass_at], min_p=0.9999) == greedy
     assert said(metrics=[pass_at]) != greedy
+
+
+def test_stop_strings_of_a_stage_end_its_turns(tmp_path: Path) -> None:
+    """The ids up to the stop string are those without it, its last id is the turn's, and the mask holds them and no more."""
+    ctx = context(tmp_path, "s")
+    policy = ctx.policy(None)
+
+    def played(**settings: Any) -> list[Episode]:
+        return draw(online(by_sample, **settings), {"policy": policy}, iter([ctx.data(TRAIN)]), {}, ctx, 1)[1]
+
+    free = played()
+    stop = policy.tokenizer.decode(next(e.turns[0].did for e in free if e.num_tokens == 5)[1:3])  # two bytes, two ids
+    stopped = played(stop=[stop])
+    assert online(by_sample, stop=["x", ""]).problems() == ["stop.1: an empty text would end every answer at its first token"]
+    ended = 0
+    for was, now in zip(free, stopped, strict=True):
+        said = policy.tokenizer.decode(was.turns[0].did)
+        length = next((n for n in range(6) if stop in policy.tokenizer.decode(was.turns[0].did[:n])), was.num_tokens)
+        assert now.turns[0].did.tolist() == was.turns[0].did[:length].tolist()
+        assert now.turns[0].logp == pytest.approx(was.turns[0].logp[:length], abs=1e-5)
+        if stop in said:
+            ended += 1
+            assert now.status is Status.FINISHED
+    assert ended
+    assert policy.collate(stopped)["mask"].sum(1).tolist() == [e.num_tokens for e in stopped]
+
+
+@pytest.mark.parametrize("stage", ["collect", "select", "evaluate"])
+def test_stages_that_sample_say_how(tmp_path: Path, stage: str) -> None:
+    keys = {"temperature": 0.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "stop": ["\n", "END"], "max_new_tokens": 4}
+    made = {
+        "collect": lambda: Collect(data=TRAIN, reward=[], rows="demonstrations", **keys),
+        "select": lambda: Select(data=TRAIN, into={"x": []}, **keys),
+        "evaluate": lambda: Evaluate(policies={}, data=TRAIN, metrics=[ACCURACY], **keys),
+    }[stage]()
+    assert made.problems() == []
+    assert drawing(made, context(tmp_path, "s")) == Sampling(4, 0.7, 3, 0.8, 0.1, ("\n", "END"))
 
 
 def test_mistakes_in_what_is_measured() -> None:
     pass_at = Component("pass@8", partial(metrics.pass_at, k=8), ("sampled",), settings={"k": 8})
-    wrong = {"data": TRAIN, "metrics": [ACCURACY, pass_at], "samples": 4, "top_k": -1, "top_p": 0.0}
+    wrong = {
+        "data": TRAIN,
+        "metrics": [ACCURACY, pass_at],
+        "samples": 4,
+        "top_k": -1,
+        "top_p": 0.0,
+        "min_p": 1.0,
+        "stop": [".", ""],
+    }
     lines = [
         "top_k: expected 0 (all tokens) or more, got -1",
         "top_p: expected more than 0 and at most 1, got 0.0",
+        "min_p: expected 0 to below 1, a share of the likeliest token's probability, got 1.0",
+        "stop.1: an empty text would end every answer at its first token",
         "samples: metric 'pass@8' needs at least 8 samples of each task, got 4",
     ]
     assert Evaluate(policies={}, **wrong).problems() == lines

@@ -12,10 +12,10 @@ from architectures import episode
 from test_stages import DATA, DEMOS, GROUP_MEAN, NLL, PG, by_sample, context, fit, online, record
 
 from rlx.build import Binder
-from rlx.derive import rollout_correction
 from rlx.data.files import jsonl
 from rlx.data.formats import turn
 from rlx.data.rows import row_of
+from rlx.derive import rollout_correction
 from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
@@ -538,8 +538,8 @@ def test_who_reads_the_engine_s_log_probs_beside_the_old_policy_s_gets_the_train
     ctx = context(tmp_path, "rl")
     models = ctx.models(stage.specs())
     episodes = draw(stage, models, iter([ctx.data(stage.data)[:2]]), {}, ctx, 1)[0]
-    for turn in (turn for episode in episodes for turn in episode.turns):
-        turn.logp = turn.logp - 0.5  # as an engine with other numbers
+    for played in episodes:
+        played.turns[0].logp = played.turns[0].logp - 0.5  # as an engine with other numbers
     owners = {"logp": models["critic"]}
     models["critic"].module.get_output_embeddings().weight.data.mul_(3.0)
     found = []
