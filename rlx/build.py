@@ -33,6 +33,7 @@ GROUP_OF: dict[Any, str] = {
     t.Data: "data",
     t.Model: "model",
     t.Optim: "optim",
+    t.Rollout: "rollout",
     t.Backend: "llm",
 }
 # Keys that the framework takes out of a component's node before the rest is bound to its signature.

@@ -57,7 +57,7 @@ def graph(config: dict[str, Any], needs: Sequence[str], trust: Sequence[str] = (
             inputs = tuple(node(i) for i in made.inputs[name])
             stage = made.config["stages"][name]
             code = stage_code(made.config, name)
-            shared = {k: made.config.get(k) for k in ("model", "task", "seed", "objective")}
+            shared = {k: made.config.get(k) for k in ("model", "task", "rollout", "seed", "objective")}
             decides = {
                 "name": name,
                 "stage": stage,

@@ -18,7 +18,7 @@ from rlx.catalogue import CATALOGUE
 from rlx.paths import CONF
 from rlx.references import check_refs, in_order, stage_refs
 from rlx.resume import Save
-from rlx.types import Component, ConfigError, Episode, Model, Stage, TaskSource
+from rlx.types import Component, ConfigError, Episode, Model, Rollout, Stage, TaskSource
 from rlx.unroll import moved, unrolled
 
 # Every key of a composed config and the type of its value; what else stands in a recipe is a mistake.
@@ -40,6 +40,7 @@ KEYS: dict[str, Any] = {
     "run_dir": str | None,
     "track": dict[str, Any],
     "launch": dict[str, Any],
+    "rollout": Component[Rollout],
     "caps": dict[str, Any],
     "scale": str,
     "save": Save,
@@ -79,6 +80,7 @@ class Plan:
     inputs: dict[str, list[str]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     save: Save = field(default_factory=Save)
+    rollout: Component[Rollout] | None = None
 
 
 def plan(
@@ -113,7 +115,9 @@ def plan(
     objective = bind_objective(binder, config.get("objective"), stages)
     if binder.errors:
         raise ConfigError("\n".join(dict.fromkeys(binder.errors)))
-    return Plan(without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices, save)
+    return Plan(
+        without(config, binder.dropped), model, stages, task, objective, inputs, binder.notices, save, bound.get("rollout")
+    )
 
 
 def without(config: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:

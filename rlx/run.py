@@ -213,6 +213,7 @@ def run_stage(
         task=plan.task,
         log=log,
         learner=learner,
+        rollout=plan.rollout,
         objective=key if stage == name else "",
         states=states,
         stop=stop,

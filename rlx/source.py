@@ -23,7 +23,7 @@ SEVERAL = ("launch.py", "ranks.py", "worker.py", "zero.py")
 # The catalogue names every component there is; the lines in use are hashed instead of it.
 LEFT_OUT = (*PRINTS, *SEVERAL, "catalogue.py")
 # The parts of a config that name components.
-PARTS = ("model", "task", "stages")
+PARTS = ("model", "task", "rollout", "stages")
 
 
 def code_hash(config: Mapping[str, Any], root: str = "rlx.run") -> str:

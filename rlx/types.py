@@ -425,6 +425,12 @@ class TextPolicy(Policy, Protocol):
     def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
 
 
+class Rollout(Protocol):
+    """The engine that samples: `len(keys[i])` next turns of each view, whose draws depend on their keys alone."""
+
+    def __call__(self, policy: Any, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
+
+
 class Optim(Protocol):
     """(parameters, lr) -> a torch optimiser; `clip`, `schedule` and `warmup` are read by the learner."""
 

@@ -30,6 +30,7 @@ from rlx.types import (
     ModelRef,
     Policy,
     Reward,
+    Rollout,
     Task,
     TaskSource,
     VecEnv,
@@ -38,13 +39,17 @@ from rlx.types import (
 
 @dataclass(kw_only=True)
 class Sources:
-    """What the references of the stage `name` mean: weights, rows, environment, verifier, random draws."""
+    """What the references of the stage `name` mean: weights, rows, environment, verifier, random draws.
+
+    `rollout` is the engine that samples (without one, the native).
+    """
 
     run_dir: Path
     name: str
     seed: int
     model: Component[Model]
     task: TaskSource | None = None
+    rollout: Component[Rollout] | None = None
     rows: dict[str, list[Episode]] = field(default_factory=dict)
 
     def policy(self, ref: ModelRef | None) -> Any:
@@ -78,7 +83,7 @@ class Sources:
             policy = policy if not spec.heads else policy.with_heads(spec.heads, seed)
         freeze(policy, spec.freeze, f"stages.{self.name}")
         if hasattr(policy, "engine"):
-            policy.engine = generate
+            policy.engine = self.rollout.call if self.rollout is not None else generate
         return policy
 
     def place(self, ref: ModelRef) -> str:
