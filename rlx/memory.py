@@ -93,7 +93,8 @@ def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> l
     if room is not None and 4 * model.weights > room:
         raise ConfigError(
             f"launch: each rank samples with whole weights, {gigabytes(4 * model.weights)} when they are read, and a GPU has "
-            f"{gigabytes(room)}; take a smaller model, or sample with vLLM, which divides them"
+            f"{gigabytes(room)}; take a smaller model; vLLM divides them where it "
+            "samples (rollout=vllm_server), but a rank needs them whole to hand them over"
         )
     return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with"]
 
