@@ -144,6 +144,11 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "optim": {
         "adamw": "rlx.optim:adamw",
     },
+    "rollout": {
+        "native": "rlx.rollout.native:generate",
+        "vllm": "rlx.rollout.vllm_engines:colocated",
+        "vllm_server": "rlx.rollout.vllm_engines:server",
+    },
     "llm": {
         "rules": "rlx.llm.rules:rules",
         "local": "rlx.llm.local:local",

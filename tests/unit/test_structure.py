@@ -92,7 +92,19 @@ APART = {
 }
 TOGETHER = {"data", "envs", "rewards"}
 # Slow to import, or not needed by most commands: imported inside the functions that use them.
-HEAVY = {"transformers", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "peft", "matplotlib", "gymnasium", "minigrid"}
+HEAVY = {
+    "transformers",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "matplotlib",
+    "gymnasium",
+    "minigrid",
+    "vllm",
+}
 # Parameters that a recipe's `read:` renames to fields, or that name a head or a sampler's stream.
 RENAMED = {
     "log_ratio": {"of", "over"},
