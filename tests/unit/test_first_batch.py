@@ -298,7 +298,8 @@ def test_weights_that_a_rank_cannot_sample_with_are_an_error(monkeypatch: pytest
         memory.in_ranks(large, None, 2, 8)
     assert str(error.value) == (
         "launch: each rank samples with whole weights, 120.0 GB when they are read, and a GPU has 80.0 GB; "
-        "take a smaller model; vLLM divides them where it samples (rollout=vllm_server), but a rank needs them whole to hand them over"
+        "take a smaller model; vLLM divides them where it samples (rollout=vllm_server), "
+        "but a rank needs them whole to hand them over"
     )
     assert len(memory.in_ranks(dataclasses.replace(large, weights=20 * 10**9), None, 3, 8)) == 1
 

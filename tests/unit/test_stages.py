@@ -530,7 +530,7 @@ def test_evaluate_takes_no_key_of_evaluation_during_training(key: str) -> None:
     binder = Binder()
     node = {"policies": {"rl": "@rl"}, "data": "@task/test", "metrics": ["accuracy"], key: 2}
     assert binder.record(Evaluate, "stage kind 'evaluate'", node, "stages.test") is None
-    known = "data, metrics, samples, temperature, top_k, top_p, max_new_tokens, limit, verifier, sampler, policies"
+    known = "data, metrics, samples, temperature, top_k, top_p, min_p, stop, max_new_tokens, limit, verifier, sampler, policies"
     assert binder.errors == [f"stages.test.{key}: stage kind 'evaluate' takes no '{key}' (known: {known})"]
 
 
