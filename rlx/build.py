@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from rlx import types as t
-from rlx.catalogue import CATALOGUE
+from rlx.catalogue import CATALOGUE, EXTRAS
 
 # A parameter annotated Component[LossTerm] takes a name of the group "loss", and so on.
 GROUP_OF: dict[Any, str] = {
@@ -106,6 +106,9 @@ class Binder:
             return None
         reads, params = signature(target)
         before = len(self.errors)
+        package, extra = EXTRAS.get((group, name), ("", ""))
+        if package and importlib.util.find_spec(package) is None:
+            self.errors.append(f"{path}.name: {name!r} needs {package}, which is not installed: pip install 'rlx[{extra}]'")
         if number is not None:
             self.with_number(group, name, number, params, node, path)
         frame = {

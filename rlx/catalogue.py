@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+# What needs a package that rlx is installed without: (group, name) -> the package, and the extra that brings it.
+EXTRAS = {
+    ("rollout", "vllm"): ("vllm", "vllm"),
+    ("rollout", "vllm_server"): ("vllm", "vllm"),
+    ("task", "gym"): ("gymnasium", "gym"),
+    ("task", "minigrid"): ("minigrid", "minigrid"),
+}
+
 CATALOGUE: dict[str, dict[str, str]] = {
     "stage": {
         "fit": "rlx.stages.fit:Fit",

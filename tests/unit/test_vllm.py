@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -367,7 +368,14 @@ def test_without_vllm_the_extra_is_named(policy: Any, monkeypatch: pytest.Monkey
 
 
 def test_a_recipe_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = plan(compose(["grpo_math", "scale=smoke", "rollout=vllm", "rollout.sleep=false"]).config)
+    asked = compose(["grpo_math", "scale=smoke", "rollout=vllm", "rollout.sleep=false"]).config
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"rollout.name: 'vllm' needs vllm, .* pip install 'rlx\[vllm\]'"):
+        plan(asked)
+    installed = ModuleType("vllm")
+    installed.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", installed)
+    made = plan(asked)
     sources = Sources(run_dir=tmp_path, name="rl", seed=0, model=made.model, rollout=made.rollout)
     engine: Any = sources.policy(None).engine
     assert (engine.func, engine.keywords["sleep"], engine.keywords["gpu_memory"]) == (colocated, False, 0.4)
