@@ -22,7 +22,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019). The learner applies `clip` (gradient norm), `schedule` and `warmup` (steps)."""
     b1, b2 = betas if betas is not None else (0.9, 0.999)
-    return torch.optim.AdamW(parameters, lr=lr, betas=(b1, b2), eps=eps, weight_decay=weight_decay, foreach=True)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(b1, b2), eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def factor(step: int, *, total: int, schedule: str, warmup: int) -> float:

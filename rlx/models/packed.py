@@ -92,8 +92,11 @@ def token_fields(
 
     def part(hidden: Tensor, of: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         logits = head(hidden).float()
-        scores = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)  # one pass over memory
-        return (scores[of, ids], -(scores.exp() * scores).sum(-1)[of]) if entropy else (scores[of, ids],)
+        logits = logits if temperature == 1.0 else logits / temperature
+        if not entropy:
+            return (LogProb.apply(logits, of, ids),)  # type: ignore[no-untyped-call]
+        scores = torch.log_softmax(logits, -1)  # one pass over memory
+        return scores[of, ids], -(scores.exp() * scores).sum(-1)[of]
 
     size = max(1, (largest or LARGEST) // policy.module.config.get_text_config().vocab_size)
     parts = []
@@ -105,6 +108,31 @@ def token_fields(
         once = len(distinct) <= size
         parts.append(part(*given) if once else checkpoint(part, *given, use_reentrant=False, preserve_rng_state=False))
     return {name: torch.cat(x) for name, x in zip(("logp", "entropy"), zip(*parts, strict=True), strict=False)}
+
+
+class LogProb(torch.autograd.Function):
+    """log softmax(logits)[of, ids]: logits (S,V), of and ids (M,) -> (M,). Its gradient takes the memory of the result.
+
+    By logits[s], of M ids with gradients g: onehot(ids) g, summed over those of s, less softmax(logits[s]) times their sum.
+    Autograd would write two more tensors of S x V for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, of: Tensor, ids: Tensor) -> Tensor:
+        """The log-probs."""
+        scores = torch.log_softmax(logits, -1)
+        ctx.save_for_backward(scores, of, ids)
+        return scores[of, ids]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """By the logits; the saved log-probs become it, so that a graph is gone through once."""
+        (g,) = gradients
+        scores, of, ids = ctx.saved_tensors
+        total = g.new_zeros(len(scores)).index_add_(0, of, g)
+        found = scores.exp_().mul_(-total[:, None])
+        return found.index_put_((of, ids), g, accumulate=True), None, None
 
 
 @torch.no_grad()

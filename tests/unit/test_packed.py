@@ -289,3 +289,18 @@ def test_the_attention_is_written_nowhere(tmp_path: Any) -> None:
     assert plain.config._attn_implementation == "sdpa"
     assert read(str(tmp_path / "out"), {}, 0).packs
     assert copy.copy(policy).packs
+
+
+def test_log_probs_have_the_gradient_of_log_softmax() -> None:
+    """Also where one state comes before several ids, equal ones among them, and where a state comes before none."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 7, generator=draw, dtype=torch.float64, requires_grad=True)
+    of, said = torch.tensor([0, 0, 0, 2, 3]), torch.tensor([1, 1, 5, 0, 6])
+    weights = torch.randn(5, generator=draw, dtype=torch.float64)
+    expected = torch.log_softmax(logits, -1)[of, said]
+    (wanted,) = torch.autograd.grad((weights * expected).sum(), logits)
+    found = packed.LogProb.apply(logits, of, said)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
+    assert not wanted[1].any()
