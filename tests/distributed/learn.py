@@ -1,16 +1,9 @@
-"""Train small networks on given batches; a rank of several where RANK says so. Writes the metrics to the file that is named.
-
-`python learn.py FILE` uses the learner of one process, `python learn.py FILE 2 3` DeepSpeed's under these stages of ZeRO.
-"""
+"""Train small networks on given batches, by any learner, in one process or as a rank of several."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,33 +152,26 @@ def drawn_again() -> list[bool]:
     return world.gathered(same) + [len(set(firsts)) == len(firsts)]
 
 
-def main(file: Path, stages: list[str]) -> None:
-    torch.set_num_threads(1)
-    found: Any = {"other": {}}
-    if not stages:
-        found = learned(TorchLearner)
-    else:
-        torch.distributed.init_process_group("gloo")
-        made = [under(int(stage)) for stage in stages]
-        some = [UPDATES[0], UPDATES[3]]
-        found["refused"] = refused(made[2])
-        found["drawn"] = drawn_again()
-        found["steps"] = {stage: learned(learner) for stage, learner in zip(stages, made, strict=True)}
-        found["again"] = {stage: learned(learner, learner, some) for stage, learner in zip(stages, made, strict=True)}
-        for stage, learner in zip(stages[1:], made[1:], strict=True):
-            name = f"{stage} in bf16"
-            found["steps"][name] = learned(learner, None, some[:1], Rounded)
-            found["again"][name] = learned(learner, learner, some[:1], Rounded)
-        for i, stage in enumerate(stages):
-            found["other"][f"{stage} {stages[i - 1]}"] = learned(made[i], made[i - 1], some)
-        whole = under(3, stage3_param_persistence_threshold=10**6)
-        found["steps"]["3 whole"] = found["steps"]["3"]
-        found["again"]["3 whole"] = learned(whole, whole, some)
-    if world.leads():
-        file.write_text(json.dumps(found))
-    sys.stdout.flush()
-    os._exit(0)
+def in_one() -> list[dict[str, float]]:
+    """What one process learns."""
+    return learned(TorchLearner)
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+def in_ranks() -> dict[str, Any]:
+    """What is learned under each stage of ZeRO, gone on with from a state, under another stage, too; what is refused."""
+    stages = ["0", "1", "2", "3"]
+    made = {stage: under(int(stage)) for stage in stages}
+    some = [UPDATES[0], UPDATES[3]]
+    found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "other": {}}
+    found["steps"] = {stage: learned(learner) for stage, learner in made.items()}
+    found["again"] = {stage: learned(learner, learner, some) for stage, learner in made.items()}
+    for stage in stages[1:]:
+        name = f"{stage} in bf16"
+        found["steps"][name] = learned(made[stage], None, some[:1], Rounded)
+        found["again"][name] = learned(made[stage], made[stage], some[:1], Rounded)
+    for i, stage in enumerate(stages):
+        found["other"][f"{stage} {stages[i - 1]}"] = learned(made[stage], made[stages[i - 1]], some)
+    whole = under(3, stage3_param_persistence_threshold=10**6)
+    found["steps"]["3 whole"] = found["steps"]["3"]
+    found["again"]["3 whole"] = learned(whole, whole, some)
+    return found

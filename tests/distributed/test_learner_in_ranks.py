@@ -1,30 +1,45 @@
-"""Two ranks take the same steps as one process: any split, masks, groups, coupled terms, a rank without tokens."""
+"""Two ranks take the same steps as one process: any split, masks, groups, coupled terms, a rank without tokens.
+
+And for every loss of the catalogue under every reduction they get its loss, gradient and metrics.
+"""
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import learn
 import pytest
-from started import run
+import torch
+import walk
+from catalogued import cases, check
 
-SCRIPT = Path(__file__).with_name("learn.py")
-
-
-def learned(file: Path, *stages: str) -> Any:
-    run(SCRIPT, file, *stages)
-    return json.loads(file.read_text())
+from rlx.ranks import free_port
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return learned(tmp_path_factory.mktemp("alone") / "found.json")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two ranks find, started as a launcher would. A start takes seconds, so that there is one for all."""
+    file = tmp_path_factory.mktemp("ranks") / "found.pt"
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(Path(__file__).with_name("in_ranks.py")), str(file)]
+    children = [subprocess.Popen(command, env={**own, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    return torch.load(file)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return learned(tmp_path_factory.mktemp("ranks") / "found.json", "0", "1", "2", "3")
+def ranks(found: Any) -> Any:
+    return found["learned"]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    return learn.in_one()
 
 
 def close(steps: list[dict[str, float]], expected: list[dict[str, float]], what: str) -> None:
@@ -68,3 +83,16 @@ def test_an_optimiser_that_cannot_be_divided_is_refused(ranks: Any) -> None:
         "optim 'pooled': its state 'ends' is not one number for each weight, and ZeRO gives it weights cut into flat parts, "
         "on which it is another method; take launch=zero0 or launch=local"
     )
+
+
+def test_every_loss_is_the_same_in_two_ranks(found: Any) -> None:
+    """Tokens are shared unequally, and in a second step one has none."""
+    expected, ranks = walk.in_one(), found["walked"]
+    assert list(ranks) == ["2", "3"]
+    for stage, losses in ranks.items():
+        assert list(losses) == list(expected) == [str(case) for case in cases()]
+        assert sum(tokens[0] != tokens[1] for (_, tokens), _ in losses.values()) > len(losses) / 2
+        for case, steps in losses.items():
+            for what, (step, tokens), (there, _) in zip(("a batch", "a rank without"), steps, expected[case], strict=True):
+                assert (min(tokens) > 0) == (what == "a batch"), (stage, case, tokens)
+                check(f"ZeRO-{stage}, {case}, {what}", step, there)
