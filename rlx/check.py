@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlx.build import model_offers
-from rlx.learner import count, marked, mask_of, reduced
+from rlx.learner import count, mask_of, reduced
+from rlx.marks import marked
 from rlx.plan import Plan
 from rlx.stages.fields import reads
 from rlx.stages.models import ModelSpec, offers

@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlx import world
-from rlx.models.parts import blocks
+from rlx.marks import marked
+from rlx.models.parts import blocks, by_length
 from rlx.optim import factor
 from rlx.reduce import token_mean
 from rlx.types import Batch, Component, ConfigError, Counts, LossTerm, Policy, Reduce, Watch
-
-Term = TypeVar("Term")
 
 
 @dataclass(frozen=True)
@@ -53,33 +52,6 @@ class Update:
     def whole_batch(self) -> bool:
         """Whether a term sees all sequences of the optimiser step at once."""
         return any(marked(term.call, "whole_batch") for term in self.loss)
-
-
-def whole_batch(term: Term) -> Term:
-    """Mark a loss term that couples all sequences of an optimiser step (a quantile, a sort, a mean of the batch).
-
-    The learner then goes twice over the step's units (see TorchLearner), so that the term sees all of them at once.
-    """
-    term.whole_batch = True  # type: ignore[attr-defined]
-    return term
-
-
-def stateful(name: str, start: float, update: Callable[..., Tensor]) -> Callable[[Term], Term]:
-    """Give a loss term a scalar field `name` that lives from step to step (a running mean, a controller's coefficient).
-
-    `update` reads fields by name, the state among them, and returns its next value after each optimiser step.
-    """
-
-    def mark(term: Term) -> Term:
-        term.state = (name, start, update)  # type: ignore[attr-defined]
-        return term
-
-    return mark
-
-
-def marked(call: Any, name: str) -> Any:
-    """What `whole_batch` or `stateful` wrote on a term, through the partial that binds its hyperparameters."""
-    return getattr(getattr(call, "func", call), name, None)
 
 
 class NonFinite(RuntimeError):
@@ -138,9 +110,9 @@ class TorchLearner:
         """Go `epochs` times through the batch in `minibatches` optimiser steps each; the metrics are means over them.
 
         `gap/max` and `gap/mean` (nats) compare the sampled log-probs with the first training forward, before any update:
-        they are the same policy's, so what is left is numerical. `grad_variance` is |g1 - g2|^2, where g1 and g2 are the
-        shares of two halves of the prompts in the gradient g1 + g2: the halves are independent, so its expectation is the
-        trace of the gradient's covariance.
+        they are the same policy's, so what is left is numerical. They are of the sequences that this forward reads (see
+        `with_signal`). `grad_variance` is |g1 - g2|^2, where g1 and g2 are the shares of two halves of the prompts in the
+        gradient g1 + g2: the halves are independent, so its expectation is the trace of the gradient's covariance.
         """
         with world.phase("an update"):
             return self._step(batch, update, seed)
@@ -210,7 +182,8 @@ class TorchLearner:
         metrics: dict[str, Tensor] = {}
         half: list[Tensor] = []
         seen: dict[str, Tensor] = {}
-        parts = halves(batch) if update.grad_variance else [batch]
+        parts = [with_signal(part, update) for part in (halves(batch) if update.grad_variance else [batch])]
+        gap_tokens = max(1.0, float(sum(part["mask"].sum() for part in parts))) if check_gap else 0.0
         budget, whole, less = update.token_budget, update.whole_groups, self.share
         cut = [
             (i, *own) for i, part in enumerate(parts) for own in own_units(self.policy, part, budget, less, whole_groups=whole)
@@ -230,12 +203,13 @@ class TorchLearner:
                         loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
                     self._backward(share * loss)
                     with torch.no_grad():
-                        diagnose(update, {**self.state, **unit, **out}, counts, found, check_gap=check_gap)
+                        diagnose(update, {**self.state, **unit, **out}, counts, found, gap_tokens)
                         for name, x in found.items():
                             add(metrics, name, share * x)
                         for name in {name for *_, change in states(update) for name in arguments(change)} & out.keys():
                             filled = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
                             filled[unit["index"]] += share * out[name]
+        self._look(batch, {i for part in parts for i in part["index"].tolist()}, update, counts, metrics)
         metrics = over_ranks(metrics)
         if half:
             differences = ((2 * h - gradient(p)).square().sum() for h, p in zip(half, self.parameters, strict=True))
@@ -271,6 +245,22 @@ class TorchLearner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def _look(
+        self, batch: Batch, read: set[int], update: Update, counts: Mapping[str, Counts], metrics: dict[str, Tensor]
+    ) -> None:
+        """Add the diagnostics of the sequences that are not among the units `read`: a forward, where one needs it."""
+        rest = batch.take([i for i in range(len(batch.inputs)) if i not in read])
+        seeing = replace(update, watch=[w for w in update.watch if signal(w, rest).any()], loss=())
+        if not seeing.watch:
+            return
+        wants = seeing.reads & self.policy.offers
+        out = computed(self.policy, rest, wants, update.token_budget, update.temperature) if wants else {}
+        found: dict[str, Tensor] = {}
+        diagnose(seeing, {**self.state, **rest, **out}, counts, found)
+        for name, x in found.items():  # every rank has those of all sequences
+            add(metrics, name, x / world.size())
 
     def _slopes(
         self, batch: Batch, update: Update, counts: Mapping[str, Counts], metrics: dict[str, Tensor], wants: set[str]
@@ -341,18 +331,46 @@ def total(update: Update, fields: Mapping[str, Tensor], counts: Mapping[str, Cou
     return loss
 
 
+def signal(component: Component[Any], batch: Batch) -> Tensor:
+    """Where a term or diagnostic may have a value or a gradient other than 0: (N,) bool, of each sequence."""
+    by, mask = marked(component.call, "vanishes"), batch[mask_of(component)]
+    name = component.reads[arguments(component.call).index(by)] if by else ""
+    if name not in batch or marked(component.call, "state"):
+        return torch.ones_like(mask[:, 0])
+    return (mask & (batch[name] != 0)).any(1)
+
+
+def with_signal(batch: Batch, update: Update) -> Batch:
+    """The sequences that some loss term may learn from, with those that have to stay together with them.
+
+    The others add exactly 0 to the loss and its gradient. Where there are only others, the shortest stays: a gradient of 0
+    is a step as well (momentum, weight decay), and every rank has to have something to read.
+    """
+    some = torch.stack([signal(term, batch) for term in update.loss]).any(0).tolist()
+    together = blocks(batch, whole_groups=update.whole_groups)
+    kept = [block for block in together if any(some[i] for i in block)] or by_length(batch, together)[:1]
+    return batch if len(kept) == len(together) else batch.take(sorted(i for block in kept for i in block))
+
+
 def diagnose(
-    update: Update, fields: Mapping[str, Tensor], counts: Mapping[str, Counts], metrics: dict[str, Tensor], *, check_gap: bool
+    update: Update,
+    fields: Mapping[str, Tensor],
+    counts: Mapping[str, Counts],
+    metrics: dict[str, Tensor],
+    gap_tokens: float = 0.0,
 ) -> None:
-    """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's."""
+    """What is only looked at: the diagnostics of `watch`, and how far the sampled log-probs are from the forward's.
+
+    `gap_tokens`: how many tokens the mean of the latter is over; 0 for leaving it out.
+    """
     for watch in update.watch:
         x, by = watch.call(*(fields[name] for name in watch.reads)), mask_of(watch)
         add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by], groups_of(watch, fields)))
-    if check_gap:
-        mask, tokens = fields["mask"], counts["mask"].tokens
+    if gap_tokens:
+        mask = fields["mask"]
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
         metrics["gap/max"] = gap.max()
-        add(metrics, "gap/mean", gap.sum() / tokens)
+        add(metrics, "gap/mean", gap.sum() / gap_tokens)
 
 
 def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Component[Reduce], counts: Counts) -> Tensor:
@@ -364,7 +382,7 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
     mask = fields[mask_of(term)]
     x = term.call(*(fields[name] for name in term.reads))
     if x.dim() == 0 and not marked(term.call, "whole_batch"):
-        raise ConfigError(f"loss {term.name!r} is one number for the whole batch: mark it @whole_batch (rlx/learner.py)")
+        raise ConfigError(f"loss {term.name!r} is one number for the whole batch: mark it @whole_batch (rlx/marks.py)")
     if term.reduce is not None and x.dim() < 2:
         what = "sequence" if len(x.shape) and len(x) == len(mask) else "group"
         raise ConfigError(

@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlx.marks import vanishes_with
 from rlx.tensors import inside, kl_estimate, log_ratio, ratio
 from rlx.types import ConfigError
 
 
+@vanishes_with("adv")
 def policy_gradient(logp: Tensor, adv: Tensor, mask: Tensor) -> Tensor:
     """-A log pi: (N,T). Its gradient is the policy gradient where pi drew the tokens (REINFORCE, Williams 1992)."""
     return -inside(adv, mask) * inside(logp, mask)
@@ -29,6 +31,7 @@ def advantage_weighted(logp: Tensor, adv: Tensor, mask: Tensor, *, inverse_tempe
     return -ratio(inverse_temperature * inside(adv, mask)) * inside(logp, mask)
 
 
+@vanishes_with("adv")
 def clipped_surrogate(
     logp: Tensor,
     old_logp: Tensor,

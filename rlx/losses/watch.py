@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlx.marks import vanishes_with
 from rlx.tensors import inside, kl_estimate, log_ratio, pair_mean, pairs, ratio, seq_sum
 
 
+@vanishes_with("adv")
 def clip_fraction(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """1 where the clip of `clipped_surrogate` is active and the token has no gradient, else 0: (N,T).
 

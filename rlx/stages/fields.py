@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlx.build import hint
-from rlx.learner import marked
+from rlx.marks import marked
 from rlx.stages.models import ModelSpec, named, offers, prefix
 from rlx.types import FIELDS, Component
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlx import reduce, world
 from rlx.encoding import decode, encode
-from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed, stateful, whole_batch
+from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
+from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.models.nets import NetPolicy, mlp
 from rlx.optim import adamw
 from rlx.stages.state import Generators
@@ -45,16 +46,23 @@ def batch_spread(logp: Tensor, mask: Tensor, level: Tensor) -> Tensor:
     return (x - x.mean()).square().mean() + (x.mean() - level).square()
 
 
+@vanishes_with("reward")
+def gradient_of_pay(logp: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
+    return -inside(reward, mask) * inside(logp, mask)
+
+
 NLL = Component("nll", lambda logp, mask: -logp, ("logp", "mask"))
 VALUE = Component("value", lambda value, ret, mask: (value - ret[:, None]).square(), ("value", "ret", "mask"))
 GROUPS = Component("groups", group_spread, ("logp", "mask", "group"))
 COUPLED = Component("coupled", batch_spread, ("logp", "mask", "level"))
+PAID = Component("paid", gradient_of_pay, ("logp", "reward", "mask"))
 ENTROPY = Component("entropy", lambda entropy, mask: entropy, ("entropy", "mask"))
 MEAN, SEQUENCES = (Component[Any]("r", f) for f in (reduce.token_mean, reduce.seq_mean))
 UPDATES = [
     Update([NLL, VALUE], SEQUENCES, [ENTROPY], epochs=2, minibatches=2, token_budget=12, sampled=True),
     Update([NLL], MEAN, token_budget=1000),
     Update([GROUPS], MEAN, token_budget=20),
+    Update([PAID], MEAN, [ENTROPY], token_budget=12),  # of the second batch nothing has signal
     Update([COUPLED], MEAN, token_budget=16),
 ]
 
@@ -161,7 +169,7 @@ def in_ranks() -> dict[str, Any]:
     """What is learned under each stage of ZeRO, gone on with from a state, under another stage, too; what is refused."""
     stages = ["0", "1", "2", "3"]
     made = {stage: under(int(stage)) for stage in stages}
-    some = [UPDATES[0], UPDATES[3]]
+    some = [UPDATES[0], UPDATES[-1]]
     found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "other": {}}
     found["steps"] = {stage: learned(learner) for stage, learner in made.items()}
     found["again"] = {stage: learned(learner, learner, some) for stage, learner in made.items()}

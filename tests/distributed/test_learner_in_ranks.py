@@ -51,13 +51,14 @@ def close(steps: list[dict[str, float]], expected: list[dict[str, float]], what:
 
 
 def some(steps: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The two updates of four with which a learner is replaced; in bfloat16 there is one."""
-    return steps[:7] + steps[21:]
+    """The first and the last update, with which a learner is replaced; in bfloat16 there is one."""
+    return steps[:7] + steps[7:][-7:]
 
 
 def test_two_ranks_learn_what_one_process_learns(alone: Any, ranks: Any) -> None:
-    assert all(step["grad_norm"] > 1e-3 for step in alone if "grad_norm" in step)
-    assert len(alone) == 4 * 7
+    without = [i for i, step in enumerate(alone) if step.get("grad_norm", 1.0) <= 1e-3]
+    assert without == [22, 25]  # the second batch, of which nothing is paid
+    assert len(alone) == 5 * 7
     for stage in ("0", "1", "2", "3"):
         close(ranks["steps"][stage], alone, stage)
 

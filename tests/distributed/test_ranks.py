@@ -77,7 +77,7 @@ stages:
 
 OWN = """\
 import os, time, torch
-from rlx.learner import stateful, whole_batch
+from rlx.marks import stateful, whole_batch
 from rlx.rollout.samplers import plain
 from rlx.types import Episode
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlx.learner import stateful
+from rlx.marks import stateful
 from rlx.types import Episode
 
 

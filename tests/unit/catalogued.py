@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rlx.build import Binder, signature
 from rlx.catalogue import CATALOGUE
-from rlx.learner import Update, marked
+from rlx.learner import Update
+from rlx.marks import marked
 from rlx.models.language import LanguageModel
 from rlx.types import FIELDS, Batch, Component, Episode, Message, Status, Task, Turn
 

@@ -12,7 +12,8 @@ from test_learner import REDUCTIONS, model, sgd, weights
 from torch import Tensor
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, reduced, stateful, step_counts, whole_batch
+from rlx.learner import NonFinite, TorchLearner, Update, reduced, step_counts
+from rlx.marks import stateful, whole_batch
 from rlx.models.language import LanguageModel
 from rlx.optim import adamw
 from rlx.tensors import inside, seq_sum

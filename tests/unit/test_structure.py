@@ -35,7 +35,7 @@ ROOT = PACKAGE.parent
 # A new module of rlx/ gets its place here.
 LAYERS = """
 types
-tensors encoding
+tensors encoding marks
 losses advantages reduce filters derive
 models
 data envs rewards
