@@ -24,6 +24,7 @@ DECIDED = {
     "fp16": "model.dtype",
     "bf16": "model.dtype",
     "torch_autocast": "model.dtype",
+    "activation_checkpointing": "model.activation_checkpointing",
 }
 
 

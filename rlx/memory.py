@@ -21,7 +21,10 @@ SAMPLED_LOGIT = 24
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a model depends on. `cached` is the width of keys and values: kv_heads x head_dim."""
+    """What the memory of a model depends on. `cached` is the width of keys and values: kv_heads x head_dim.
+
+    `recomputes`: its layers are computed once more in the backward pass (activation checkpointing).
+    """
 
     weights: int
     trained: int
@@ -32,6 +35,7 @@ class Sizes:
     vocabulary: int
     context: int | None
     bf16: bool
+    recomputes: bool = False
 
 
 def sizes(model: Any) -> Sizes:
@@ -56,6 +60,7 @@ def sizes(model: Any) -> Sizes:
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         bf16=model.bf16,
+        recomputes=model.recomputes,
     )
 
 
@@ -102,11 +107,15 @@ def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> l
 def activations(model: Sizes, tokens: int) -> int:
     """Bytes that the backward needs of one unit of `tokens` padded tokens: layers x tokens x (40 hidden + 4 b ffn).
 
+    With activation checkpointing, each layer's input in float32 and the layer that is computed once more:
+    tokens x (4 layers hidden + 40 hidden + 4 b ffn).
+
     The tensors that a Llama-like decoder layer saves: 10 of the hidden width in float32 (norms, queries, keys and values at
     full heads, the attention's output, the residual stream) and 4 of the feed-forward's in the compute type (b bytes: 4, or
-    2 with bf16). Attention weights are not kept (sdpa); no activation checkpointing; dense layers.
+    2 with bf16). Attention weights are not kept (sdpa); dense layers.
     """
-    return model.layers * tokens * (40 * model.hidden + 4 * (2 if model.bf16 else 4) * model.ffn)
+    layer = tokens * (40 * model.hidden + 4 * (2 if model.bf16 else 4) * model.ffn)
+    return model.layers * tokens * 4 * model.hidden + layer if model.recomputes else model.layers * layer
 
 
 def logits(model: Sizes, scored: int) -> int:

@@ -35,7 +35,8 @@ class LanguageModel:
     """A transformers causal model and its tokenizer, with `heads` where it is a critic or a reward model.
 
     `packs`: it takes rlx's attention, so that sequences are packed into one row in the forward (see rlx/models/packed.py) and
-    rows that are decoded share their prompts (rlx/models/shared.py).
+    rows that are decoded share their prompts (rlx/models/shared.py). `recomputes`: the backward pass computes its layers once
+    more (rlx/models/recompute.py).
     """
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
@@ -47,7 +48,7 @@ class LanguageModel:
         self.engine: Engine | None = None
         self.memory: Memory | None = None
         self.heads: Heads | None = None
-        self.packs = False
+        self.packs = self.recomputes = False
         self.end_token = self._end_token()
         self.end_ids = end_ids(module, tokenizer, self.end_token)
 

@@ -13,6 +13,7 @@ from rlx.models.language import LanguageModel
 from rlx.models.lora import Lora
 from rlx.models.nets import is_net, read_net
 from rlx.models.packed import packable
+from rlx.models.recompute import recompute
 from rlx.models.seq2seq import Seq2Seq
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.models.vision import VisionLanguage
@@ -35,6 +36,7 @@ def tiny(
     context: int = 1024,
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
+    activation_checkpointing: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
@@ -61,7 +63,16 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config)
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny")
+    return finish(
+        module,
+        tokenizer,
+        dtype=dtype,
+        lora=lora,
+        device=device,
+        seed=seed,
+        source="tiny",
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 def tiny_t5(
@@ -72,6 +83,7 @@ def tiny_t5(
     ffn: int = 128,
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
+    activation_checkpointing: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
@@ -94,7 +106,16 @@ def tiny_t5(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = AutoModelForSeq2SeqLM.from_config(config)
-    return finish(module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny_t5")
+    return finish(
+        module,
+        tokenizer,
+        dtype=dtype,
+        lora=lora,
+        device=device,
+        seed=seed,
+        source="tiny_t5",
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 tiny_t5.mixes = False  # type: ignore[attr-defined]  # see check_mixes in rlx/plan.py
@@ -106,6 +127,7 @@ def pretrained(
     dtype: Dtype = "fp32",
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
     lora: Lora | None = None,
+    activation_checkpointing: bool = False,
     trust_remote_code: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -116,6 +138,9 @@ def pretrained(
 
     `dtype: bf16` computes in bfloat16 and keeps the trained weights and the optimiser in float32, because an AdamW step
     at a learning rate of 1e-6 is lost in a bfloat16 weight.
+
+    `activation_checkpointing` (any model takes it) keeps each layer's input alone for the backward pass, which computes the
+    layer once more: less memory for a third more time.
     """
     from safetensors import SafetensorError
 
@@ -134,7 +159,16 @@ def pretrained(
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(f"model {path!r}: its files lack {len(missing)} weights of the model, such as {missing[0]}")
-    return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+    return finish(
+        module,
+        processor,
+        dtype=dtype,
+        lora=lora,
+        device=device,
+        seed=seed,
+        source=path,
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 def read(
@@ -194,6 +228,7 @@ def unread(
     dtype: Dtype = "fp32",
     attention: str = "sdpa",
     lora: Lora | None = None,
+    activation_checkpointing: bool = False,
     trust_remote_code: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -215,7 +250,16 @@ def unread(
             )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
-    return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path)
+    return finish(
+        module,
+        processor,
+        dtype=dtype,
+        lora=lora,
+        device=device,
+        seed=seed,
+        source=path,
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 def architecture(config: Any) -> Any:
@@ -278,7 +322,15 @@ def read_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
 
 
 def finish(
-    module: Any, processor: Any, *, dtype: Dtype, lora: Lora | None, device: str, seed: int, source: str
+    module: Any,
+    processor: Any,
+    *,
+    dtype: Dtype,
+    lora: Lora | None,
+    device: str,
+    seed: int,
+    source: str,
+    activation_checkpointing: bool = False,
 ) -> LanguageModel:
     """Adapter (drawn from `seed`), device and padding token, the same for every way of making a model.
 
@@ -302,9 +354,12 @@ def finish(
                 module = get_peft_model(module, LoraConfig(task_type=kind, **lora))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.lora: {first_line(error)}") from error
+    if activation_checkpointing:
+        recompute(module, source)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     made = VisionLanguage if sees(module.config) else Seq2Seq if module.config.is_encoder_decoder else LanguageModel
     policy = made(module.to(where).eval(), processor, where, bf16=dtype == "bf16", source=source)
+    policy.recomputes = activation_checkpointing
     policy.packs = where.type != "meta" and made is LanguageModel and packable(policy)
     module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
     return policy

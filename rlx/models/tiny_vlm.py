@@ -24,6 +24,7 @@ def tiny_vlm(
     context: int = 512,
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
+    activation_checkpointing: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
@@ -80,7 +81,16 @@ def tiny_vlm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = AutoModelForImageTextToText.from_config(config)
-    return finish(module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny_vlm")
+    return finish(
+        module,
+        processor,
+        dtype=dtype,
+        lora=lora,
+        device=device,
+        seed=seed,
+        source="tiny_vlm",
+        activation_checkpointing=activation_checkpointing,
+    )
 
 
 tiny_vlm.mixes = False  # type: ignore[attr-defined]

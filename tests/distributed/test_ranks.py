@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 RECIPE = """\
 purpose: "each kind of stage that computes something, for five steps"
-model: {name: tiny, layers: 2, hidden: 32, heads: 2, kv_heads: 2, ffn: 64}
+model: {name: tiny, layers: 2, hidden: 32, heads: 2, kv_heads: 2, ffn: 64, activation_checkpointing: true}
 task: {name: arithmetic, digits: 2}
 objective: rl/eval/accuracy
 stages:

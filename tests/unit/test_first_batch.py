@@ -269,6 +269,8 @@ def test_memory_by_hand() -> None:
     assert memory.states(HALF, SIZES) == 4 * 1000 + 12 * 100 + 2 * 1000 + 4 * 1000
     assert memory.activations(SIZES, 7) == 2 * 7 * (40 * 10 + 16 * 30)
     assert memory.activations(HALF, 7) == 2 * 7 * (40 * 10 + 8 * 30)
+    again = dataclasses.replace(SIZES, recomputes=True)
+    assert memory.activations(again, 7) == 2 * 7 * 4 * 10 + 7 * (40 * 10 + 16 * 30)
     assert memory.logits(SIZES, 3) == 3 * 50 * 20
     assert memory.rollouts(SIZES, 3, 11) == 3 * (2 * 2 * 4 * 4 * 11 + 50 * 24)
     assert memory.rollouts(HALF, 3, 11) == 3 * (2 * 2 * 4 * 2 * 11 + 50 * 24)
@@ -326,10 +328,14 @@ def test_the_estimate_in_words() -> None:
     )
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_activations_are_those_that_the_backward_keeps(dtype: Any) -> None:
+def test_activations_are_those_that_the_backward_keeps(dtype: Any, *, again: bool) -> None:
+    """What two layers more keep: with activation checkpointing their inputs, and no layer's casts."""
+    settings: Any = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 256, "dtype": dtype, "activation_checkpointing": again}
+
     def kept(layers: int) -> int:
-        model = tiny(layers=layers, hidden=64, heads=4, kv_heads=2, ffn=256, dtype=dtype)
+        model = tiny(layers=layers, **settings)
         weights = {w.untyped_storage().data_ptr() for w in model.module.parameters()}
         saved: dict[int, torch.Tensor] = {}
 
@@ -342,9 +348,11 @@ def test_activations_are_those_that_the_backward_keeps(dtype: Any) -> None:
             model.module.model(input_ids=ids, use_cache=False)
         return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in weights)
 
-    size = memory.sizes(tiny(layers=2, hidden=64, heads=4, kv_heads=2, ffn=256, dtype=dtype))
-    casts = 2 * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256) if dtype == "bf16" else 0  # counted with the weights
-    assert kept(4) - kept(2) - casts == pytest.approx(memory.activations(size, 4 * 128), rel=0.15)
+    two, four = (memory.sizes(tiny(layers=layers, **settings)) for layers in (2, 4))
+    halved = 2 * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256)  # the casts of two layers' weights, counted with the weights
+    casts = halved if dtype == "bf16" and not again else 0
+    more = memory.activations(four, 4 * 128) - memory.activations(two, 4 * 128)
+    assert kept(4) - kept(2) - casts == pytest.approx(more, rel=0.15)
 
 
 def test_a_policy_that_does_not_speak_plays_its_first_tasks() -> None:
