@@ -16,6 +16,7 @@ from rlx import world
 from rlx.types import ConfigError
 
 STEP = "step"  # the one number of an optimiser's state that is no number for each weight
+PLACED = ("params", "foreach", "fused")  # of a group: what depends on where its weights are
 
 
 def parts(zero: Any) -> list[Tensor]:
@@ -23,6 +24,15 @@ def parts(zero: Any) -> list[Tensor]:
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         return list(zero.fp32_partitioned_groups_flat)
     return [part for group in zero.optimizer.param_groups for part in group["params"]]
+
+
+def forget_gradient(zero: Any) -> None:
+    """After a step: DeepSpeed would use a weight's gradient once more in a step in which the weight has none."""
+    for part in parts(zero):
+        if part.grad is not None:  # kept from step to step where the optimiser is offloaded
+            part.grad.zero_()
+    if hasattr(zero, "grad_partitions_flat_buffer"):  # stage 3
+        zero.grad_partitions_flat_buffer.zero_()
 
 
 def check_divisible(zero: Any, name: str) -> None:
@@ -63,7 +73,7 @@ def gathered_weights(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def settings(zero: Any, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The settings of each group of whole parameters as they are: an optimiser may change its own."""
-    live = [{key: x for key, x in group.items() if key != "params"} for group in zero.optimizer.param_groups]
+    live = [{key: x for key, x in group.items() if key not in PLACED} for group in zero.optimizer.param_groups]
     return [{key: own.get(key, x) for key, x in group.items()} for group, own in zip(groups, live, strict=True)]
 
 
@@ -83,7 +93,7 @@ def put(zero: Any, parameters: Sequence[nn.Parameter], states: Mapping[int, Mapp
     for part in parts(zero):
         zero.optimizer.state[part] = {key: torch.zeros_like(part, requires_grad=False) for key in keys if key != STEP}
         if steps:
-            zero.optimizer.state[part][STEP] = as_counted(zero.optimizer, max(map(float, steps)))
+            zero.optimizer.state[part][STEP] = torch.tensor(max(map(float, steps)))
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 look the fragments up once
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -95,7 +105,7 @@ def put(zero: Any, parameters: Sequence[nn.Parameter], states: Mapping[int, Mapp
 def put_settings(zero: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Set what the optimiser has of the settings of its groups."""
     for group, saved in zip(zero.optimizer.param_groups, groups, strict=True):
-        group.update({key: x for key, x in saved.items() if key in group and key != "params"})
+        group.update({key: x for key, x in saved.items() if key in group and key not in PLACED})
 
 
 @torch.no_grad()
@@ -118,8 +128,3 @@ def put_one(zero: Any, parameter: Any, x: Tensor, key: str | None) -> None:
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(group=parameter.ds_process_group)
     padded = nn.functional.pad(x.flatten(), (0, size * world.size() - x.numel()))  # to what the ranks share evenly
     zero.set_local_hp_param(padded[size * rank : size * (rank + 1)], parameter, key)
-
-
-def as_counted(optimizer: Any, step: float) -> Any:
-    """The number of steps as torch's optimisers keep it, or DeepSpeed's of the CPU."""
-    return int(step) if type(optimizer).__module__.startswith("deepspeed") else torch.tensor(step)

@@ -72,15 +72,19 @@ class DeepSpeedLearner(TorchLearner):
         whole = Whole(self.trained)
         buffers = [buffer.clone() for buffer in whole.buffers()]
         self.stage, self.share = stage, share
-        offloads = (settings.get("zero_optimization") or {}).get("offload_optimizer")
+        if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
+            for group in self.optimizer.param_groups:
+                if "fused" in group:  # on a CPU six times as fast as torch's other kernels, and as DeepSpeed's own
+                    group.update(fused=True, foreach=False)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=whole,
-            optimizer=on_cpu(self.optimizer, optim.name) if offloads else self.optimizer,
+            optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "steps_per_print": 10**9,
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "gradient_clipping": float(self.settings["clip"] or 0.0) if stage else 0.0,
                 **(BF16 if low else {}),
                 **settings,
@@ -112,9 +116,9 @@ class DeepSpeedLearner(TorchLearner):
             self.engine.step()  # which does nothing where the norm is not finite
             if self.stage and not self.steps:
                 partitions.check_divisible(self.optimizer, self.name)
+            if self.stage:
+                partitions.forget_gradient(self.optimizer)
             if self.stage == 3:
-                # DeepSpeed would use a weight's gradient once more in a step in which it has none.
-                self.optimizer.grad_partitions_flat_buffer.zero_()
                 publish(self.trained, self.policy)
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
@@ -179,16 +183,6 @@ def publish(trained: Any, policy: Any) -> None:
                 if divided.requires_grad:
                     with GatheredParameters([divided]):
                         whole.copy_(divided)
-
-
-def on_cpu(optimizer: torch.optim.Optimizer, name: str) -> Any:
-    """DeepSpeed's AdamW for a state in the host's memory, with the optimiser's settings. Raises ConfigError for another."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    if not isinstance(optimizer, torch.optim.AdamW):
-        raise ConfigError(f"launch.offload_optimizer: works with the optimiser adamw, got {name}")
-    groups = [{k: group[k] for k in ("params", "lr", "betas", "eps", "weight_decay")} for group in optimizer.param_groups]
-    return DeepSpeedCPUAdam(groups, adamw_mode=True)
 
 
 def learner_of(stage: int | None, settings: Mapping[str, Any], share: float) -> MakeLearner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rlx import reduce, world
 from rlx.encoding import decode, encode
+from rlx.launch import Launch
 from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
 from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.models.nets import NetPolicy, mlp
@@ -120,11 +122,18 @@ def gone_on(policy: Any, learner: Learner, then: MakeLearner) -> tuple[Any, Lear
     return made, other
 
 
-def under(stage: int, **more: Any) -> MakeLearner:
-    """The learner of a stage of ZeRO, with every weight divided."""
+def under(stage: int, *, offload: bool = False, persist: int = 0) -> MakeLearner:
+    """The learner of a stage of ZeRO, with every weight divided; what can be is kept in the host's memory with `offload`."""
     from rlx.zero import learner_of
 
-    return learner_of(stage, {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more}}, 1.0)
+    launch = Launch(
+        name="zero",
+        stage=stage,
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": persist}},
+        offload_optimizer=offload,
+        offload_parameters=offload and stage == 3,
+    )
+    return learner_of(stage, launch.settings(), 1.0)
 
 
 class Pooled(torch.optim.SGD):
@@ -146,6 +155,18 @@ def refused(make: MakeLearner) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def moved(make: MakeLearner) -> list[bool]:
+    """Whether the critic moves in a step that has a gradient for it, and in one after that which has none."""
+    policy = network()
+    learner = make(policy, Component("sgd", torch.optim.SGD), lr=0.1, total=4)
+    batch = policy.collate([episode(0, i, 3) for i in range(4)])
+    sums = [float(policy.module.critic[0].weight.detach().double().sum())]
+    for step, update in enumerate([UPDATES[0], UPDATES[1]]):
+        learner.step(batch, update, (step,))
+        sums.append(float(policy.module.critic[0].weight.detach().double().sum()))
+    return [before != after for before, after in itertools.pairwise(sums)]
 
 
 def drawn_again() -> list[bool]:
@@ -179,7 +200,10 @@ def in_ranks() -> dict[str, Any]:
         found["again"][name] = learned(made[stage], made[stage], some[:1], Rounded)
     for i, stage in enumerate(stages):
         found["other"][f"{stage} {stages[i - 1]}"] = learned(made[stage], made[stages[i - 1]], some)
-    whole = under(3, stage3_param_persistence_threshold=10**6)
+    offloaded = [under(stage, offload=True) for stage in (2, 3)]
+    found["other"]["offloaded 3 2"] = learned(offloaded[1], offloaded[0], some)
+    found["moved"] = [moved(learner) for learner in (*list(made.values())[1:], *offloaded)]
+    whole = under(3, persist=10**6)
     found["steps"]["3 whole"] = found["steps"]["3"]
     found["again"]["3 whole"] = learned(whole, whole, some)
     return found

@@ -70,9 +70,14 @@ def test_a_learner_that_goes_on_from_a_state_is_the_unbroken_one(ranks: Any) -> 
 
 
 def test_a_learner_goes_on_under_another_stage(alone: Any, ranks: Any) -> None:
-    assert list(ranks["other"]) == ["0 3", "1 0", "2 1", "3 2"]
+    assert list(ranks["other"]) == ["0 3", "1 0", "2 1", "3 2", "offloaded 3 2"]
     for stages, steps in ranks["other"].items():
         close(steps, some(alone), stages)
+
+
+def test_a_gradient_is_used_once(ranks: Any) -> None:
+    """Also where it is kept in the host's memory: a weight without one in the next step stays where it is."""
+    assert ranks["moved"] == [[True, False]] * 5
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(ranks: Any) -> None:
