@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ class States:
         self.last, self.took = time.monotonic(), 0.0
         from rlx import world  # imports torch, which the process that starts ranks does without
 
-        if world.leads():
+        if world.leads():  # of a write or a removal that was cut short
             for beside in folder.glob("*.partial"):
                 shutil.rmtree(beside, ignore_errors=True)
         self.found = world.first(self.newest)
@@ -111,7 +112,7 @@ class States:
             reason = getattr(error, "strerror", None) or error
             self.say(f"! the state of step {step} could not be written ({reason}); {kept}")
         for path in self.all()[self.save.keep :]:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         self.last = time.monotonic()
         self.took = self.last - began
 
@@ -144,6 +145,14 @@ def name(step: int) -> str:
 def number(path: Path) -> int:
     """The step of a folder."""
     return int(path.name[5:])
+
+
+def remove(path: Path) -> None:
+    """Remove a state: under another name, so that what has the name of a state is whole whenever the process is killed."""
+    beside = path.with_name(f"{path.name}.old.partial")
+    with contextlib.suppress(OSError):
+        path.rename(beside)
+        shutil.rmtree(beside)
 
 
 def verified(path: Path, logs: Sequence[Path]) -> tuple[dict[str, Any], str]:

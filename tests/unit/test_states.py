@@ -1,12 +1,13 @@
 """States of a stage on disk, as they are found when it goes on: broken ones are set aside, those of another rlx refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlx.resume import Save, States
+from rlx.resume import Save, States, verified
 from rlx.types import ConfigError
 
 
@@ -43,6 +44,21 @@ def test_a_broken_state_is_set_aside_and_the_one_before_it_read(folder: Path, va
     assert saved["weight"].tolist() == [2.0, 2.0]
     assert [line.startswith("! the state of step 3 is skipped: ") for line in said] == [True]
     assert len(list((folder / "state").glob("step-000003.*.broken"))) == 1
+
+
+def test_a_removal_that_is_cut_short_leaves_whole_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **_: object) -> None:
+        (path / "tensors.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            states(folder).write(4, {"weight": torch.zeros(2)}, {})
+    left = states(folder).all()
+    assert [path.name for path in left] == ["step-000004", "step-000003", "step-000002"]
+    assert [verified(path, [])[1] for path in left] == ["", "", ""]
+    assert not list((folder / "state").glob("*.partial"))
 
 
 def test_a_state_of_another_version_is_refused_and_stays(folder: Path) -> None:
