@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -198,5 +199,14 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # a file system that syncs files alone
+            raise
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """The same for a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)

@@ -29,7 +29,7 @@ from rlx.launch import launch_of
 from rlx.learner import MakeLearner, TorchLearner
 from rlx.paths import PACKAGE, writable
 from rlx.plan import Plan
-from rlx.resume import States
+from rlx.resume import States, sync, sync_all
 from rlx.source import code_hash
 from rlx.stages.context import Context
 from rlx.stopping import Stop, stoppable
@@ -223,6 +223,7 @@ def run_stage(
     try:
         summary = plan.stages[name].run(ctx)
         if world.leads():
+            sync_all(folder)  # first: with DONE on the disk, nothing looks at what is in it again
             write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
     finally:
         stop.waits = False
@@ -317,10 +318,12 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the new one."""
+    """Written beside and renamed: a reader sees the old file or the new one, after a loss of power too."""
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     beside.replace(path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,13 +1,16 @@
-"""States of a stage on disk, as they are found when it goes on: broken ones are set aside, those of another rlx refused."""
+"""States of a stage on disk: broken ones are set aside, those of another rlx refused. What is done is on the disk for good."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlx.plan import plan
 from rlx.resume import Save, States, verified
+from rlx.run import run
 from rlx.types import ConfigError
 
 
@@ -67,3 +70,17 @@ def test_a_state_of_another_version_is_refused_and_stays(folder: Path) -> None:
     with pytest.raises(ConfigError, match="a state of version 2, and this rlx reads 1"):
         states(folder)
     assert newest.is_dir()
+
+
+def test_a_stage_is_done_once_the_disk_has_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    fit = {"kind": "fit", "data": "@task/demos", "loss": ["nll"], "steps": 1, "rows_per_step": 2, "lr": 1e-3}
+    model = {"name": "tiny", "layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "ffn": 32}
+    run(plan({"model": model, "task": {"name": "arithmetic"}, "seed": 0, "recipe": "fit", "stages": {"fit": fit}}), tmp_path)
+    folder = tmp_path / "fit"
+    done = synced.index(str(folder / "DONE.partial"))
+    wanted = {str(path) for path in (folder, *folder.rglob("*"))} - {str(folder / "DONE")}
+    assert str(folder / "out" / "model.safetensors") in wanted
+    assert not wanted - set(synced[:done])
+    assert str(folder) in synced[done:]
