@@ -20,6 +20,7 @@ VERSION = 1
 MANIFEST = "manifest.json"  # of the other two: the step, their sizes and hashes, and how long the logs were
 TREE = "state.json"
 TENSORS = "tensors.safetensors"
+CHECKPOINTS = "checkpoints"  # those of the stage at that time, as hard links
 
 
 @dataclass(kw_only=True)
@@ -44,6 +45,10 @@ class States:
 
     `found` is the newest whole one. States that are not whole are told (`say`) and set aside. Every rank reads
     them, rank 0 writes.
+
+    Checkpoints written after a state are of steps that are taken again, maybe in another number of processes, whose sums
+    are others to the last bit: best/ could be of a step that no line of the log has. So a state has links to the checkpoints
+    of its time, which take no space, and `put_back` makes them those of the stage again.
     """
 
     def __init__(self, folder: Path, save: Save, logs: Sequence[Path], say: Callable[[str], None], code: str = "") -> None:
@@ -92,6 +97,15 @@ class States:
         state: dict[str, Any] = decode(tree, load_file(path / TENSORS), rows)
         return state
 
+    def put_back(self, checkpoints: Path) -> None:
+        """Make a stage's checkpoints those of the state that it goes on from; none where it begins anew."""
+        if self.found is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            return
+        then = self.folder / name(self.found["step"]) / CHECKPOINTS
+        if then.is_dir():
+            link(then, checkpoints)
+
     def write(self, step: int, state: Mapping[str, Any], rows: Mapping[str, Sequence[Episode]]) -> None:
         """Write the state after `step`: rank 0 does. Where that fails (a full disk), it is told, and those before it stay."""
         from safetensors import SafetensorError
@@ -134,8 +148,10 @@ class States:
             "logs": {path.name: path.stat().st_size for path in self.logs},
         }
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*self.logs, *beside.iterdir(), beside):
+        link(self.folder.with_name(CHECKPOINTS), beside / CHECKPOINTS)
+        for path in self.logs:
             sync(path)
+        sync_all(beside)
 
 
 def name(step: int) -> str:
@@ -154,6 +170,22 @@ def remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.rename(beside)
         shutil.rmtree(beside)
+
+
+def link(source: Path, to: Path) -> None:
+    """Make `to` a folder of hard links to the files of `source`, which need not exist; nothing where links cannot be made.
+
+    Models are saved as new files, so that what is saved into one of the folders later is not in the other.
+    """
+    beside = to.with_name(f"{to.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        beside.mkdir()
+        if source.is_dir():
+            unfinished = shutil.ignore_patterns("*.partial", "*.old")
+            shutil.copytree(source, beside, copy_function=os.link, ignore=unfinished, dirs_exist_ok=True)
+        shutil.rmtree(to, ignore_errors=True)
+        beside.rename(to)
 
 
 def verified(path: Path, logs: Sequence[Path]) -> tuple[dict[str, Any], str]:

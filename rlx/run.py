@@ -179,7 +179,7 @@ def run_stage(
 ) -> dict[str, float]:
     """One stage, unless it is done; its last metrics. It goes on from the last whole state of it, if there is one.
 
-    Else it starts without checkpoints, since those of another run of it are not to be found.
+    Its checkpoints are those of that state; without one there are none, since another run's are not to be found.
     """
     folder = run_dir / name
     done = folder / "DONE"
@@ -197,8 +197,8 @@ def run_stage(
     quiet()
     display.say(f"[{name}] {plan.stages[name].describe()}")
     states = States(folder / STATE, plan.save, [folder / log for log in LOGS], display.say, code)
-    if states.found is None and world.leads():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if world.leads():
+        states.put_back(folder / "checkpoints")
     advice = health if plan.config.get("scale") != "smoke" else no_advice
     sizes = states.found["logs"] if states.found else {}
     log = Log(folder if world.leads() else None, name, display=display, tracker=tracker, health=advice, sizes=sizes)

@@ -51,8 +51,9 @@ def test_a_broken_state_is_set_aside_and_the_one_before_it_read(folder: Path, va
 
 def test_a_removal_that_is_cut_short_leaves_whole_states(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path, **_: object) -> None:
-        (path / "tensors.safetensors").unlink()
-        raise KeyboardInterrupt
+        if path.is_dir():
+            (path / "tensors.safetensors").unlink()
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
@@ -62,6 +63,24 @@ def test_a_removal_that_is_cut_short_leaves_whole_states(folder: Path, monkeypat
     assert [path.name for path in left] == ["step-000004", "step-000003", "step-000002"]
     assert [verified(path, [])[1] for path in left] == ["", "", ""]
     assert not list((folder / "state").glob("*.partial"))
+
+
+def test_a_stage_that_goes_on_has_the_checkpoints_of_its_state(folder: Path) -> None:
+    checkpoints = folder / "checkpoints"
+    best, later = checkpoints / "best" / "weights", checkpoints / "step-000005" / "weights"
+    best.parent.mkdir(parents=True)
+    best.write_text("of step 4")
+    states(folder).write(4, {}, {})
+    for path in (best, later):  # as models are saved: a new folder is put where the old one was
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir()
+        path.write_text("of step 5")
+    states(folder).put_back(checkpoints)
+    assert best.read_text() == "of step 4"
+    assert not later.exists()
+    shutil.rmtree(folder / "state")
+    states(folder).put_back(checkpoints)
+    assert not checkpoints.exists()
 
 
 def test_a_state_of_another_version_is_refused_and_stays(folder: Path) -> None:
