@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlx import world
 from rlx.filters import chain
 from rlx.rollout.samplers import resampled
 from rlx.stages.context import Context
 from rlx.stages.rows import tokenized
+from rlx.stages.spread import led
 from rlx.types import Component, DataRef, Episode, Floats, Keep, Sampling
 
 
@@ -60,7 +60,9 @@ class Buffer:
         states = [(episode, k) for episode in self.episodes for k in range(len(episode.turns))]
         rng = np.random.default_rng((*seed, 0))
         chosen = [states[i] for i in rng.choice(len(states), min(self.spec.states, len(states)), replace=False).tolist()]
-        made = world.first(lambda: resampled(models[self.spec.resample], chosen, sampling, (*seed, 1)))
+        policy, stored = models[self.spec.resample], [episode for episode, _ in chosen]
+        known = [x for e in stored for x in (e.task, *(message for turn in e.turns for message in turn.replies))]
+        made = led(lambda: resampled(policy, chosen, sampling, (*seed, 1)), known)
         self._pairs = [(episode, fresh) for (episode, _), fresh in zip(chosen, made, strict=True)]
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:

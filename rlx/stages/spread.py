@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from rlx import world
-from rlx.types import Component, ConfigError, Episode, Sampler, Task
+from rlx.types import Component, ConfigError, Episode, Message, Sampler, Task
 
 Played = Callable[[list[Episode]], list[Episode]]
+Known = Task | Message  # what episodes have in common with those that every rank has
 
 
 def together(sampler: Component[Sampler]) -> bool:
@@ -30,7 +31,7 @@ def spread(rows: list[Episode], play: Played, *, together: bool = False) -> list
         return play(rows)
     tasks = [row.task for row in rows]
     if together:
-        return unpacked(world.first(lambda: packed(play(rows), tasks)), tasks)
+        return led(lambda: play(rows), tasks)
     groups = list(dict.fromkeys(row.group for row in rows))
     own = {groups[i] for i in np.array_split(np.arange(len(groups)), world.size())[world.rank()].tolist()}
     mine = [row for row in rows if row.group in own]
@@ -43,38 +44,43 @@ def spread(rows: list[Episode], play: Played, *, together: bool = False) -> list
     return [e for part in world.gathered(packed(made, tasks)) for e in unpacked(part, tasks)]
 
 
-class Packer(pickle.Pickler):
-    """Every rank has the tasks of the rows: a number stands for each, so that their images are not sent."""
+def led(make: Callable[[], list[Episode]], known: Sequence[Known]) -> list[Episode]:
+    """The episodes that rank 0 makes, on every rank; of what is `known` to all, each keeps its own."""
+    return make() if world.size() == 1 else unpacked(world.first(lambda: packed(make(), known)), known)
 
-    def __init__(self, file: io.BytesIO, tasks: Sequence[Task]) -> None:
+
+class Packer(pickle.Pickler):
+    """Every rank has what is `known`: a number stands for each, so that its images are not sent and stay the same objects."""
+
+    def __init__(self, file: io.BytesIO, known: Sequence[Known]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.numbers = {id(task): i for i, task in enumerate(tasks)}
+        self.numbers = {id(x): i for i, x in enumerate(known)}
 
     def persistent_id(self, obj: Any) -> int | None:
-        """The number of a task of the rows."""
-        return self.numbers.get(id(obj)) if isinstance(obj, Task) else None
+        """The number of a task or message that is known."""
+        return self.numbers.get(id(obj)) if isinstance(obj, Known) else None
 
 
 class Unpacker(pickle.Unpickler):
     """The other way round."""
 
-    def __init__(self, file: io.BytesIO, tasks: Sequence[Task]) -> None:
+    def __init__(self, file: io.BytesIO, known: Sequence[Known]) -> None:
         super().__init__(file)
-        self.tasks = tasks
+        self.known = known
 
-    def persistent_load(self, pid: Any) -> Task:
-        """The task of a number."""
-        return self.tasks[int(pid)]
+    def persistent_load(self, pid: Any) -> Known:
+        """What a number stands for."""
+        return self.known[int(pid)]
 
 
-def packed(episodes: list[Episode], tasks: Sequence[Task]) -> bytes:
+def packed(episodes: list[Episode], known: Sequence[Known]) -> bytes:
     """Episodes as another rank reads them."""
     file = io.BytesIO()
-    Packer(file, tasks).dump(episodes)
+    Packer(file, known).dump(episodes)
     return file.getvalue()
 
 
-def unpacked(data: bytes, tasks: Sequence[Task]) -> list[Episode]:
+def unpacked(data: bytes, known: Sequence[Known]) -> list[Episode]:
     """The episodes that another rank has packed."""
-    episodes: list[Episode] = Unpacker(io.BytesIO(data), tasks).load()
+    episodes: list[Episode] = Unpacker(io.BytesIO(data), known).load()
     return episodes

@@ -18,9 +18,10 @@ from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
 from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.models.nets import NetPolicy, mlp
 from rlx.optim import adamw
+from rlx.stages.spread import led
 from rlx.stages.state import Generators
 from rlx.tensors import inside
-from rlx.types import Component, ConfigError, Episode, Message, Status, Task, Turn
+from rlx.types import Component, ConfigError, Episode, Image, Message, Status, Task, Turn
 
 DRAW = np.random.default_rng(0)
 # Groups of unequal size and length; in the second batch one sequence alone, so that a rank has nothing.
@@ -181,6 +182,13 @@ def drawn_again() -> list[bool]:
     return world.gathered(same) + [len(set(firsts)) == len(firsts)]
 
 
+def shared() -> list[bool]:
+    """Whether what rank 0 makes of tasks that all have is of each rank's own tasks."""
+    tasks = [Task((Message("user", ("look", Image(np.zeros((2, 2, 3), np.uint8)))),)) for _ in range(3)]
+    made = led(lambda: [Episode(task, i) for i, task in enumerate(tasks)], tasks)
+    return world.gathered(all(e.task is task for e, task in zip(made, tasks, strict=True)))
+
+
 def in_one() -> list[dict[str, float]]:
     """What one process learns."""
     return learned(TorchLearner)
@@ -191,7 +199,7 @@ def in_ranks() -> dict[str, Any]:
     stages = ["0", "1", "2", "3"]
     made = {stage: under(int(stage)) for stage in stages}
     some = [UPDATES[0], UPDATES[-1]]
-    found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "other": {}}
+    found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "shared": shared(), "other": {}}
     found["steps"] = {stage: learned(learner) for stage, learner in made.items()}
     found["again"] = {stage: learned(learner, learner, some) for stage, learner in made.items()}
     for stage in stages[1:]:

@@ -84,6 +84,10 @@ def test_each_rank_goes_on_with_its_own_random_numbers(ranks: Any) -> None:
     assert ranks["drawn"] == [True, True, True]
 
 
+def test_tasks_that_every_rank_has_stay_its_own(ranks: Any) -> None:
+    assert ranks["shared"] == [True, True]
+
+
 def test_an_optimiser_that_cannot_be_divided_is_refused(ranks: Any) -> None:
     assert ranks["refused"] == (
         "optim 'pooled': its state 'ends' is not one number for each weight, and ZeRO gives it weights cut into flat parts, "

@@ -98,6 +98,17 @@ def test_episodes_are_sent_without_the_tasks_that_every_rank_has() -> None:
     assert (found[0].rewards, found[0].status, found[0].info) == ({"r": 1.0}, Status.FINISHED, {"k": 1})
 
 
+def test_what_the_world_replied_is_not_sent_either_where_every_rank_has_it() -> None:
+    view = Message("user", ("now", Image(np.zeros((200, 200, 3), np.uint8))))
+    task = Task((Message("user", "look"),))
+    past = Turn(np.arange(3), np.arange(2), np.zeros(2, np.float32), Message("assistant", "yes"), (view,))
+    data = packed([Episode(task, 7, [past], info={"fresh": True})], [task, view])
+    assert len(data) < 5000
+    (found,) = unpacked(data, [task, view])
+    assert found.task is task
+    assert found.turns[0].replies[0] is view
+
+
 def test_one_process_plays_its_rows_itself() -> None:
     rows = [Episode(Task((Message("user", "?"),)), i) for i in range(3)]
     assert all(a is b for a, b in zip(spread(rows, lambda share: share), rows, strict=True))
