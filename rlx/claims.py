@@ -225,10 +225,12 @@ class Outcome:
     def on_each_seed(self) -> bool:
         """The paired difference has the claimed sign on every seed.
 
-        A bound that allows either sign ("not lower by more than 0.02") claims none, and is held in the mean alone.
+        A bound that allows either sign ("not lower by more than 0.02", "within 1.5 times") claims none, and is held in the
+        mean alone.
         """
-        low = 0.0 if self.check.min is not None and self.check.min >= 0 else None
-        high = 0.0 if self.check.max is not None and self.check.max <= 0 else None
+        check = self.check
+        low = 0.0 if check.min is not None and check.min >= 0 and check.times >= 1 else None
+        high = 0.0 if check.max is not None and check.max <= 0 and check.times <= 1 else None
         return all(holds(v, low, high) for v in self.paired)
 
 

@@ -228,6 +228,10 @@ def longer(log, length):
         ((-0.5, -0.5, -0.5), {"minus": "a", "min": -0.02}, False, True),
         ((-0.5, 0.1, -0.5), {"minus": "a", "max": -0.2}, True, False),
         ((-0.5, 0.0, -0.5), {"minus": "a", "max": 0.0}, True, True),
+        ((-0.5, 0.1, -0.5), {"minus": "a", "times": 0.5, "max": 0.0}, True, False),
+        ((-0.5, 0.1, -0.5), {"minus": "a", "times": 1.5, "max": 0.0}, True, True),  # within 1.5 times: a little more is fine
+        ((0.5, -0.1, 0.5), {"minus": "a", "times": 1.5, "min": 0.0}, True, False),
+        ((0.5, -0.1, 0.5), {"minus": "a", "times": 0.5, "min": 0.0}, True, True),  # at least half of it
         ((-1.0, 5.0, 5.0), {"min": 0.0}, True, True),  # not a difference: the mean decides
         ((0.0, 1.0, 1.0), {"min": 0.5, "max": 0.6}, False, True),
     ],
