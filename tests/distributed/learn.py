@@ -198,20 +198,20 @@ def in_ranks() -> dict[str, Any]:
     """What is learned under each stage of ZeRO, gone on with from a state, under another stage, too; what is refused."""
     stages = ["0", "1", "2", "3"]
     made = {stage: under(int(stage)) for stage in stages}
-    some = [UPDATES[0], UPDATES[-1]]
+    first, some = UPDATES[:1], [UPDATES[0], UPDATES[-1]]
     found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "shared": shared(), "other": {}}
     found["steps"] = {stage: learned(learner) for stage, learner in made.items()}
-    found["again"] = {stage: learned(learner, learner, some) for stage, learner in made.items()}
+    found["again"] = {stage: learned(learner, learner, some if stage == "2" else first) for stage, learner in made.items()}
     for stage in stages[1:]:
         name = f"{stage} in bf16"
-        found["steps"][name] = learned(made[stage], None, some[:1], Rounded)
-        found["again"][name] = learned(made[stage], made[stage], some[:1], Rounded)
+        found["steps"][name] = learned(made[stage], None, first, Rounded)
+        found["again"][name] = learned(made[stage], made[stage], first, Rounded)
     for i, stage in enumerate(stages):
-        found["other"][f"{stage} {stages[i - 1]}"] = learned(made[stage], made[stages[i - 1]], some)
+        found["other"][f"{stage} {stages[i - 1]}"] = learned(made[stage], made[stages[i - 1]], some if stage == "3" else first)
     offloaded = [under(stage, offload=True) for stage in (2, 3)]
-    found["other"]["offloaded 3 2"] = learned(offloaded[1], offloaded[0], some)
+    found["other"]["offloaded 3 2"] = learned(offloaded[1], offloaded[0], first)
     found["moved"] = [moved(learner) for learner in (*list(made.values())[1:], *offloaded)]
     whole = under(3, persist=10**6)
     found["steps"]["3 whole"] = found["steps"]["3"]
-    found["again"]["3 whole"] = learned(whole, whole, some)
+    found["again"]["3 whole"] = learned(whole, whole, first)
     return found
