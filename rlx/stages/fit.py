@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
@@ -10,6 +11,7 @@ from rlx.learner import Update
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
+from rlx.stages.frozen import frozen
 from rlx.stages.models import ModelSpec, as_spec, follow, refresh, spec_problems
 from rlx.stages.prepare import columns, credit, fill
 from rlx.stages.rows import Shuffled, tokenized, with_columns
@@ -35,6 +37,9 @@ class Fit:
 
     The rows of a group (a pair, a list) stay together and count as one. `columns` names numeric columns of the data that
     become fields. `policy` and `reference` are short for two of the `models`.
+
+    `cache` is a folder in which what frozen models say of a row stays, for other runs as well (see rlx/stages/frozen.py).
+    Without one it is in the stage's own folder, if a row is met more than once.
     """
 
     data: DataRef
@@ -52,6 +57,7 @@ class Fit:
     token_budget: int = 16384
     max_length: int | None = None
     limit: int | None = None
+    cache: str | None = None
     watch: list[Component[Watch]] = field(default_factory=list)
     eval: Eval | None = None
     log_every: int = 10
@@ -100,6 +106,9 @@ class Fit:
         given = with_columns(ctx.data(self.data, self.limit), self.columns, f"stages.{ctx.name}.columns: {self.data}")
         rows = tokenized(given, policy, self.max_length, f"stages.{ctx.name}.data")
         batches = Shuffled(rows, self.rows_per_step, ctx.seeds(), f"stages.{ctx.name}.rows_per_step")
+        again = self.cache is not None or self.steps * self.rows_per_step > len(batches.groups)
+        folder = Path(self.cache).expanduser() if self.cache is not None else ctx.folder / "cache"
+        kept = frozen(specs, loaded, reads, folder, ctx.log.note) if again else []
         ctx.in_training = {"policy": policy}
         ctx.resume({**changing(loaded, specs, ["policy"]), "learner": learner, "rows": batches})
         metrics = progress.before(self, policy, ctx, spent([learner], 0))
@@ -107,6 +116,8 @@ class Fit:
             chosen = next(batches)
             batch = policy.collate(chosen)
             columns(batch, self.columns, chosen)
+            for model in kept:
+                model.fill(batch, self.token_budget)
             fill(batch, reads, loaded, dict.fromkeys(policy.offers, policy), self.token_budget, 1.0)
             credit(batch, self.derive, [])
             metrics = learner.step(batch, update, ctx.seeds(step))

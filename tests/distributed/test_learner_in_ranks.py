@@ -1,6 +1,7 @@
 """Two ranks take the same steps as one process: any split, masks, groups, coupled terms, a rank without tokens.
 
-And for every loss of the catalogue under every reduction they get its loss, gradient and metrics.
+And for every loss of the catalogue under every reduction they get its loss, gradient and metrics. What a frozen model says
+is known to both if the first knows it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fill
 import learn
 import pytest
 import torch
@@ -107,3 +109,19 @@ def test_every_loss_is_the_same_in_two_ranks(found: Any) -> None:
             for what, (step, tokens), (there, _) in zip(("a batch", "a rank without"), steps, expected[case], strict=True):
                 assert (min(tokens) > 0) == (what == "a batch"), (stage, case, tokens)
                 check(f"ZeRO-{stage}, {case}, {what}", step, there)
+
+
+def test_what_a_frozen_model_says_is_computed_once(found: Any) -> None:
+    """Also where ranks do not see the same disk: the first reads and writes it."""
+    expected, filled = fill.in_one(), found["filled"]
+    sizes = [2 * n + 1 for n in fill.ANSWERS]
+    assert [read for _, read in expected] == [sum(sizes[:3]), sum(sizes[3:]), 0]
+    for name in ("first", "again"):
+        for rank in filled[name]:
+            for (logp, _), (there, _) in zip(rank, expected, strict=True):
+                torch.testing.assert_close(logp, there, atol=1e-6, rtol=1e-6)
+    first, again = ([sum(rank[i][1] for rank in filled[name]) for i in range(len(fill.ROWS))] for name in ("first", "again"))
+    # A rank without a unit of its own goes through the shortest once more.
+    assert first == [pytest.approx(sum(sizes[:3]), abs=max(sizes[:3])), pytest.approx(sum(sizes[3:]), abs=max(sizes[3:])), 0]
+    assert again == [0, 0, 0]
+    assert filled["files"] == [2, 0]

@@ -177,7 +177,8 @@ def rows(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def files(run: Path) -> list[str]:
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+    """All but caches, which are named by weights that agree to rounding."""
+    return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and "cache" not in p.parts)
 
 
 def info(run: Path) -> dict[str, Any]:
