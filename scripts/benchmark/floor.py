@@ -34,6 +34,6 @@ def padded(groups: Groups) -> Groups:
 
 
 def needed(work: Workload, groups: Groups) -> float:
-    """FLOPs of the workload's steps on these groups: rollout, forwards and backwards."""
+    """FLOPs of the workload's steps on these groups: rollout, forwards and backwards. The reference's forwards were before."""
     once = forward(work.layout, 0 if work.kind == "rm" else work.vocab, groups)
-    return {"grpo": 1 + 3, "sft": 3, "dpo": 3 + 1, "rm": 3}[work.kind] * once
+    return {"grpo": 1 + 3, "sft": 3, "dpo": 3, "rm": 3}[work.kind] * once

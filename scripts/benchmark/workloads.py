@@ -128,6 +128,8 @@ def settings(work: Workload) -> dict[str, Setting]:
     found = {"default": Setting()}
     found |= {f"micro {n}": Setting(same, n) for n in sizes}
     found |= {f"micro {n}, gqa": Setting(same, n, gqa) for n in sizes if work.kind == "grpo"}
+    if work.kind == "dpo":  # rlx computes the reference's log-probs once, in the warm-up
+        found |= {f"micro {n}, kept": Setting((*same, ("precompute_ref_log_probs", True)), n) for n in sizes}
     if work.kind == "sft":
         found["by length"] = Setting((*same, ("train_sampling_strategy", "group_by_length")), 4)
     return found
