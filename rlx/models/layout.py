@@ -62,7 +62,8 @@ class Layout:
     back: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads.
+        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads;
+        off flash attention torch builds that of a call which sees a prefix.
 
         Ids are picked for all calls at once, because each pick costs a gradient of the size of the row.
         """

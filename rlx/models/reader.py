@@ -135,6 +135,10 @@ class Memory:
         self.reader, self.lengths = reader, {len(ids) for ids in conversations}
         self.rows = {ids.tobytes(): r for r, ids in enumerate(conversations)}
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.reader, self.rows, self.lengths = None, {}, set()
+
     def find(self, view: View) -> tuple[int, Ids] | None:
         """The row that holds the beginning of a view, and the ids that it has not read."""
         for length in sorted((n for n in self.lengths if n <= len(view.ids)), reverse=True):

@@ -17,7 +17,7 @@ from rlx.types import Ids, View
 if TYPE_CHECKING:
     from rlx.models.language import LanguageModel
 
-PREFILL = 8192  # padded tokens of prompts that are read at once
+PREFILL = 8192  # padded tokens of prompts, or of what goes on after them, that are read at once
 
 
 class SharedReader:
@@ -59,6 +59,7 @@ class SharedReader:
         self._extend([ids[:-1] for _, ids in found])
         self.read(torch.tensor([ids[-1] for _, ids in found]))
         self._repeat(counts)
+        memory.clear()  # the earlier keys and values are not held beside those of the next turn
         return self
 
     @property
@@ -94,8 +95,10 @@ class SharedReader:
     def _extend(self, rows: Sequence[Ids]) -> None:
         """Read several more ids in each row, of which some may have none; what pads them is written over later."""
         ids, lengths = filled(rows)
-        if ids.shape[1]:
-            self._forward(ids.to(self.policy.device), lengths)
+        size = max(1, PREFILL // len(rows))
+        for start in range(0, ids.shape[1], size):
+            part = ids[:, start : start + size]
+            self._forward(part.to(self.policy.device), (lengths - start).clip(0, part.shape[1]))
 
     def _forward(self, ids: Tensor, lengths: Ids) -> Tensor:
         """Read (R,T) ids, of which row r has `lengths[r]`; the logits after the last column, (R,V)."""

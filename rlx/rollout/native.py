@@ -52,7 +52,9 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
     """
     jobs = taken(waiting, sampling.rows)
     reader = begun(policy, jobs, sampling.max_new_tokens)
-    state = Samples.of(jobs, reader.ahead, sampling, policy.device)
+    later = list(waiting) if reader.joins else []
+    ahead_of_each = [*reader.ahead, *(np.zeros(0, np.int64) for _ in later)]
+    state = Samples.of([*jobs, *later], ahead_of_each, sampling, policy.device)
     ends = torch.tensor(policy.end_ids, device=policy.device)
     drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
@@ -66,7 +68,7 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
         drawn.append((alive, token, logp))
         ended = torch.isin(token, ends)
         if sampling.stop:
-            ended |= state.stopped(policy, alive, token, sampling.stop)
+            ended |= state.stopped(policy, alive, token, step >= ahead, sampling.stop)
         ended &= step >= ahead
         state.steps[alive], state.ended[alive] = step + 1, ended
         rows = kept((~ended & (at + 1 < sampling.max_new_tokens)).cpu().numpy())
@@ -78,7 +80,6 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
         room = sampling.rows - len(rows)
         if waiting and reader.joins and (room * FREE >= sampling.rows) and (more := taken(waiting, room)):
             reader.join([job.view for job in more], [len(job.keys) for job in more])
-            state = state.and_of(Samples.of(more, [np.zeros(0, np.int64)] * len(more), sampling, policy.device))
             jobs += more
         elif not len(rows):
             break

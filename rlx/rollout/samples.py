@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Samples:
-    """Of N samples, in the order in which they were begun.
+    """Of N samples, in the order in which they begin.
 
     noise (N,L): a uniform for each position of the turn. begun, ahead (N,): ids of the turn that are given, and how many of
     them the reader has yet to read, `given` (N,A). steps, ended (N,): ids read or drawn so far, and whether the last ends the
@@ -41,7 +41,7 @@ class Samples:
 
     @classmethod
     def of(cls, jobs: Sequence[Job], ahead: Sequence[Ids], sampling: Sampling, device: torch.device) -> Samples:
-        """Samples that are about to begin; `ahead` are the ids of each job that the reader has yet to read."""
+        """Samples that have not begun; `ahead` are the ids of each job that the reader has yet to read."""
         rows = torch.from_numpy(np.repeat(np.arange(len(jobs)), [len(job.keys) for job in jobs])).to(device)
         num = len(rows)
         window = max((len(stop.encode()) for stop in sampling.stop), default=0)
@@ -55,16 +55,13 @@ class Samples:
             tail=torch.full((num, window), -1, device=device),
         )
 
-    def and_of(self, other: Samples) -> Samples:
-        """These samples and others after them, of the same `given` width."""
-        return Samples(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
-
-    def stopped(self, policy: Any, alive: Tensor, token: Tensor, stop: Sequence[str]) -> Tensor:
+    def stopped(self, policy: Any, alive: Tensor, token: Tensor, own: Tensor, stop: Sequence[str]) -> Tensor:
         """Whether the text of the ids so far, `token` the last, ends in or just after a stop string: (R,) bool.
 
-        Each id has a byte of text or more, so that as many ids as the longest stop string has bytes hold what is new.
+        Each id has a byte of text or more, so that as many ids as the longest stop string has bytes hold what is new. A token
+        that is given, not the sample's `own` (R,), is no part of that text.
         """
-        tail = torch.cat([self.tail[alive, 1:], token[:, None]], 1)
+        tail = torch.where(own[:, None], torch.cat([self.tail[alive, 1:], token[:, None]], 1), self.tail[alive])
         self.tail[alive] = tail
         texts = policy.tokenizer.batch_decode([[i for i in row if i >= 0] for row in tail.tolist()])
         return torch.tensor([any(s in text for s in stop) for text in texts], device=token.device)

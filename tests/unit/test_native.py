@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import CONFIGS, model
 
+from rlx.models import shared
 from rlx.models.cache import FAR, kept
 from rlx.models.cascade import by_products, part
 from rlx.models.graph import Frame, sizes
@@ -207,9 +208,12 @@ def test_a_mixture_is_refilled_as_well(rows: int) -> None:
 
 # --------------------------------------------------------------------------- turn after turn
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "gemma2"])
-@pytest.mark.parametrize("longest", [8, 140])
-def test_a_conversation_goes_on_from_what_was_read(name: str, longest: int) -> None:
+@pytest.mark.parametrize(("longest", "at_once"), [(8, 7), (140, 8192)])
+def test_a_conversation_goes_on_from_what_was_read(
+    name: str, longest: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replies of 1 to 5 ids, two samples that share all they have said, a prefix in the last turn: as if read anew."""
+    monkeypatch.setattr(shared, "PREFILL", at_once)
     policy = eager_to_end(name)
     longest = min(longest, 12) if name == "gpt2" else longest  # its context has 64 positions
     views, asked = prompts(longest, longest - 3), [[0, 0, 7], [3, 4]]

@@ -171,7 +171,9 @@ def test_a_stop_string_is_found_across_ids(ids: list[int], ends: int | None) -> 
 
     sampling = Sampling(20, stop=("<end>", "never"))
     state = Samples.of([Job(View(np.zeros(1, np.int64)), [1])], [np.zeros(0, np.int64)], sampling, torch.device("cpu"))
-    found = [bool(state.stopped(Policy, torch.tensor([0]), torch.tensor([i]), sampling.stop)) for i in ids]
+    found = [
+        bool(state.stopped(Policy, torch.tensor([0]), torch.tensor([i]), torch.tensor([True]), sampling.stop)) for i in ids
+    ]
     assert (found.index(True) if True in found else None) == ends
 
 

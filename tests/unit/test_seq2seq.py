@@ -251,3 +251,13 @@ def test_the_weights_are_a_function_of_the_seed() -> None:
 
 def test_the_input_says_how_long_it_is() -> None:
     assert (Pair(ids(1, 2), ids(3)).prompt, Pair(ids(1, 2), ids(3)).length) == (2, 3)
+
+
+def test_a_stop_string_that_begins_in_the_prefix_ends_nothing(small: Seq2Seq) -> None:
+    """As for causal models, which read the prefix as they read the prompt."""
+    asked = [View(PROMPTS[0], prefix=ids(70, 71, 72))]
+    free = small.act(asked, keys(4), Sampling(12))
+    longest = max(free[0], key=lambda turn: len(turn.did))
+    assert len(longest.did) > 1
+    stop = small.tokenizer.decode([71, 72, int(longest.did[0])])
+    assert tokens(small.act(asked, keys(4), Sampling(12, stop=(stop,)))) == tokens(free)
