@@ -45,7 +45,7 @@ class SharedReader:
             apart = bool(lengths.max() >= SHORT and sum(counts) >= 2 * len(counts))
         self.apart = apart
         self.cache = SharedCache.of(prefilled(policy, [p[:-1] for p in prompts]), lengths, apart=apart)
-        self.read(torch.tensor([p[-1] for p in prompts]))
+        self._begin([p[-1] for p in prompts])
         self._repeat(counts)
 
     @classmethod
@@ -57,7 +57,7 @@ class SharedReader:
         self.ahead = [np.zeros(0, np.int64) for _ in found]
         self.cache = old.cache.picked(np.array([row for row, _ in found]))
         self._extend([ids[:-1] for _, ids in found])
-        self.read(torch.tensor([ids[-1] for _, ids in found]))
+        self._begin([ids[-1] for _, ids in found])
         self._repeat(counts)
         memory.clear()  # the earlier keys and values are not held beside those of the next turn
         return self
@@ -86,6 +86,10 @@ class SharedReader:
         more = SharedReader(self.policy, views, counts, self.longest, self.apart)
         self.logits = torch.cat([self.logits[: self.cache.rows], more.logits])
         self.cache.join(more.cache)
+
+    def _begin(self, last: Sequence[int]) -> None:
+        """Read the id after which each row draws. It is not a graph's: what would be captured is read once."""
+        self.logits = self._forward(torch.tensor(last)[:, None].to(self.policy.device), np.ones(len(last), np.int64))
 
     def _repeat(self, counts: Sequence[int]) -> None:
         if any(n != 1 for n in counts):
