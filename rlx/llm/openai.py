@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlx import world
 from rlx.types import ConfigError, Message
 
 # Answers after which another try may succeed, besides those from 500 on: timeout, conflict, too many requests.
@@ -65,7 +66,8 @@ def openai(
     endpoint: what stands before /chat/completions, such as http://localhost:8000/v1. key_env: the NAME of the environment
     variable that holds the key; the key itself is sent to the endpoint and written nowhere.
     cache: a folder with a file for each request that was answered; what is there is not asked again, by any run.
-    budget: the most requests that a process sends to this endpoint for this model; tries count, answers of the cache do not.
+    budget: the most requests that are sent to this endpoint for this model from a start of the run on; tries count, answers
+    of the cache do not. Each of several processes has an equal part of it, for nobody counts what all of them send.
     retries: how often a request is sent again, after `delay` seconds, twice that, and so on, or what the server asks for.
     extra: keys of the request that are added or replaced; one that is null is left out.
 
@@ -79,7 +81,7 @@ def openai(
         raise ConfigError(f"llm 'openai': the environment variable {key_env} (key_env) is not set")
     if any(message.images for talk in conversations for message in talk):
         raise ConfigError("llm 'openai': sends text only, and a message has a picture")
-    client = Client(endpoint.rstrip("/"), model, key, cache, budget, retries, delay, timeout)
+    client = Client(endpoint.rstrip("/"), model, key, cache, part_of(budget), retries, delay, timeout)
     settings = {"model": model, "temperature": temperature, "max_tokens": max_new_tokens}
     bodies = [
         json.dumps(
@@ -159,12 +161,18 @@ class Client:
         """Count a request. Raises Unanswered where the budget is spent."""
         with LOCK:
             if self.budget is not None and SENT[self.endpoint, self.model] >= self.budget:
-                raise Unanswered(f"llm 'openai': the budget of {self.budget} requests to {self.endpoint} is spent")
+                part = f" (the part of one of {world.size()} processes)" if world.size() > 1 else ""
+                raise Unanswered(f"llm 'openai': the budget of {self.budget} requests{part} to {self.endpoint} is spent")
             SENT[self.endpoint, self.model] += 1
 
     def hide(self, text: str) -> str:
         """A text without the key: some servers repeat it where they refuse it."""
         return text.replace(self.key, "***") if self.key else text
+
+
+def part_of(budget: int | None) -> int | None:
+    """What this process may send of a budget of all."""
+    return None if budget is None else budget // world.size() + (world.rank() < budget % world.size())
 
 
 def text_of(answer: Any) -> str:

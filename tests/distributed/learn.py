@@ -16,6 +16,7 @@ from rlx.encoding import decode, encode
 from rlx.launch import Launch
 from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
 from rlx.marks import stateful, vanishes_with, whole_batch
+from rlx.llm.openai import part_of
 from rlx.models.nets import NetPolicy, mlp
 from rlx.optim import adamw
 from rlx.stages.spread import led
@@ -200,6 +201,7 @@ def in_ranks() -> dict[str, Any]:
     made = {stage: under(int(stage)) for stage in stages}
     first, some = UPDATES[:1], [UPDATES[0], UPDATES[-1]]
     found: dict[str, Any] = {"refused": refused(made["2"]), "drawn": drawn_again(), "shared": shared(), "other": {}}
+    found["budget"] = world.gathered([part_of(budget) for budget in (None, 1, 5, 8)])
     found["steps"] = {stage: learned(learner) for stage, learner in made.items()}
     found["again"] = {stage: learned(learner, learner, some if stage == "2" else first) for stage, learner in made.items()}
     for stage in stages[1:]:

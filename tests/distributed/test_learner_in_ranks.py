@@ -91,6 +91,10 @@ def test_tasks_that_every_rank_has_stay_its_own(ranks: Any) -> None:
     assert ranks["shared"] == [True, True]
 
 
+def test_ranks_share_a_budget_of_requests(ranks: Any) -> None:
+    assert ranks["budget"] == [[None, 1, 3, 4], [None, 0, 2, 4]]
+
+
 def test_an_optimiser_that_cannot_be_divided_is_refused(ranks: Any) -> None:
     assert ranks["refused"] == (
         "optim 'pooled': its state 'ends' is not one number for each weight, and ZeRO gives it weights cut into flat parts, "

@@ -35,6 +35,7 @@ ROOT = PACKAGE.parent
 # A new module of rlx/ gets its place here.
 LAYERS = """
 types
+world
 tensors encoding marks
 losses advantages reduce filters derive
 models
@@ -44,7 +45,6 @@ rollout
 llm
 methods
 optim
-world
 learner
 partitions
 zero
