@@ -10,6 +10,8 @@ import contextlib
 import faulthandler
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +85,14 @@ def barrier() -> None:
 class Watch:
     """What a rank reports in `folder`: its phase (rank-1.phase) and, where a phase takes over `timeout` seconds, its stacks.
 
-    The timer is faulthandler's, a thread of C: it needs no lock of Python's, so a rank that is stuck anywhere ends.
+    A phase that says that it goes on (`progress`) has its time anew. The timer is faulthandler's, a thread of C: it needs no
+    lock of Python's, so a rank that is stuck anywhere ends.
     """
 
     folder: Path
     timeout: float
     step: str = ""
-    timed: bool = False
+    began: float = 0.0
     phases: list[str] = field(default_factory=lambda: ["start"])
     stacks: IO[str] | None = None
 
@@ -101,10 +104,12 @@ class Watch:
             faulthandler.register(signal.SIGTERM, file=self.stacks, chain=True)
         text = " in ".join([*self.phases[:0:-1], *([self.step] if self.step else [])]) or self.phases[0]
         (self.folder / f"rank-{rank()}.phase").write_text(text, encoding="utf-8")
-        if self.timed:
-            faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.stacks)
-        else:
-            faulthandler.cancel_dump_traceback_later()
+        self.time()
+
+    def time(self) -> None:
+        """Begin the time anew."""
+        self.began = time.monotonic()
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=self.stacks or sys.stderr)
 
     def stop_asked(self) -> int:
         """The signal by which the user wants the run to end, or 0."""
@@ -130,17 +135,21 @@ def phase(name: str) -> Iterator[None]:
         watch.begin()
 
 
+def progress() -> None:
+    """The phase goes on, however long it takes: a token was drawn, say. It costs next to nothing."""
+    if watch is not None and time.monotonic() - watch.began > watch.timeout / 10:
+        watch.time()
+
+
 def stage(name: str) -> None:
-    """A stage begins. Until its first step its time is not limited: it may have to fetch a model."""
-    if watch is not None:
-        watch.step, watch.timed = f"the beginning of stage {name!r}", False
-        watch.begin()
+    """A stage begins."""
+    step(f"stage {name!r}")
 
 
 def step(name: str) -> None:
     """A step begins."""
     if watch is not None:
-        watch.step, watch.timed = name, True
+        watch.step = name
         watch.begin()
 
 

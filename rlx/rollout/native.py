@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlx import world
 from rlx.models.cache import kept
 from rlx.models.language import LanguageModel
 from rlx.models.reader import Reader, check_room
@@ -58,6 +59,7 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
     ends = torch.tensor(policy.end_ids, device=policy.device)
     drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
+        world.progress()
         alive = torch.from_numpy(reader.seats.copy()).to(policy.device)
         step, ahead = state.steps[alive], state.ahead[alive]
         at = step - ahead + state.begun[alive]  # the position in the turn

@@ -68,6 +68,7 @@ class Sources:
         mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
         return made | {name: Mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
 
+    @world.phase("loading a model")
     def load(self, spec: ModelSpec) -> Any:
         """One model: its weights, its heads, and the rollout engine where it takes one."""
         from rlx.models.load import read
@@ -99,6 +100,7 @@ class Sources:
             raise ConfigError(f"stages.{self.name}: {ref} names {found}, which stage {ref.stage!r} did not write")
         return str(found)
 
+    @world.phase("reading data")
     def data(self, ref: DataRef, limit: int | None = None) -> list[Episode]:
         """The rows that a reference means, read once: of all groups, or of the first `limit`."""
         from rlx.data.files import jsonl_rows
@@ -207,7 +209,11 @@ class Context(Sources):
         """
         generators = Generators(*self.seeds())
         self.state = {"stage": self, "log": self.log, "generators": generators, **state}
-        if self.states is None or (saved := self.states.read(self.rows)) is None:
+        if self.states is None:
+            return
+        with world.phase("reading the state"):
+            saved = self.states.read(self.rows)
+        if saved is None:
             return
         if saved.keys() != self.state.keys():
             other = ", ".join(sorted(saved.keys() ^ self.state.keys()))
@@ -221,7 +227,8 @@ class Context(Sources):
         states = self.states if self.state else None
         asked, due = world.first(lambda: (self.stop.number or world.stop_asked(), states is not None and states.due(self.step)))
         if states is not None and (asked or due):
-            states.write(self.step, {name: part.state_dict() for name, part in self.state.items()}, self.rows)
+            with world.phase("saving the state"):
+                states.write(self.step, {name: part.state_dict() for name, part in self.state.items()}, self.rows)
         if asked and (self.stop.waits or not self.stop.number):
             raise KeyboardInterrupt(asked)
 
@@ -249,6 +256,7 @@ class Context(Sources):
         """Write a checkpoint: the models in training in Hugging Face format, and the pools."""
         self.save(self.folder / "checkpoints" / name)
 
+    @world.phase("saving weights")
     def save(self, folder: Path) -> None:
         """Write the policy to a folder, what else is trained below its `models/`, its pools below `buffers/`: rank 0 does."""
         if not world.leads():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from rlx import world
 from rlx.ranks import LOST, OWN, OutOfMemory, trouble
 from rlx.stages.spread import packed, spread, unpacked
 from rlx.types import ConfigError, Episode, Image, Message, Status, Task, Turn
@@ -81,6 +85,40 @@ def test_stacks_of_ranks_that_the_launcher_ended_are_no_stall(tmp_path: Path) ->
     (tmp_path / "rank-0.pid").write_text(f"0 {socket.gethostname()}")
     error(tmp_path, 1, 20.0, "a mistake", status=2)
     assert str(trouble(tmp_path, 1, run_dir(tmp_path))) == "a mistake"
+
+
+STALLS = """
+import sys, time
+from pathlib import Path
+from rlx import world
+world.watch = world.Watch(Path(sys.argv[1]), 2.0)
+world.stage("test")
+with world.phase("evaluation"):
+    time.sleep(100)
+"""
+
+
+def test_a_phase_before_the_first_step_is_timed_and_named(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", STALLS, str(tmp_path)], timeout=90)
+    assert ended.returncode == 1
+    told = str(trouble(tmp_path, 1, run_dir(tmp_path)))
+    assert told.startswith("rank 0 made no progress in evaluation in stage 'test' for launch.timeout seconds\n")
+
+
+def test_a_phase_that_goes_on_has_its_time_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = world.Watch(tmp_path, 1000.0)
+    monkeypatch.setattr(world, "watch", watch)
+    try:
+        world.step("step 1")
+        began = watch.began
+        world.progress()
+        assert watch.began == began
+        watch.began -= 200.0
+        world.progress()
+        assert watch.began >= began
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGTERM)
 
 
 def test_episodes_are_sent_without_the_tasks_that_every_rank_has() -> None:
