@@ -15,8 +15,8 @@ from rlx import reduce, world
 from rlx.encoding import decode, encode
 from rlx.launch import Launch
 from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
-from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.llm.openai import part_of
+from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.models.nets import NetPolicy, mlp
 from rlx.optim import adamw
 from rlx.stages.spread import led
