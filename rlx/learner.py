@@ -59,10 +59,14 @@ class NonFinite(RuntimeError):
 
 
 class Learner(Protocol):
-    """What trains one model. `steps` optimiser steps and `tokens` trained tokens have been taken so far."""
+    """What trains one model. `steps` optimiser steps and `tokens` trained tokens have been taken so far.
+
+    `share` of what the token budget allows is a unit: less than 1 where memory did not suffice.
+    """
 
     steps: int
     tokens: int
+    share: float
 
     def step(self, batch: Batch, update: Update, seed: tuple[int, ...]) -> dict[str, float]:
         """Train on a batch; the metrics."""
@@ -196,19 +200,21 @@ class TorchLearner:
                     half = [gradient(p).clone() for p in self.parameters]
                 found: dict[str, Tensor] = {}
                 out = self._forward(unit, wants, update.temperature, last=n == len(cut) - 1)
+                if not share:
+                    stop_gradient(out)
                 with torch.autocast(self.policy.device.type, enabled=False):
                     if slopes is None:
                         loss = total(update, {**self.state, **unit, **out}, counts, found)
                     else:
                         loss = torch.stack([(out[name] * slope[unit["index"]]).sum() for name, slope in slopes.items()]).sum()
-                    self._backward(share * loss)
+                    self._backward(loss)
                     with torch.no_grad():
                         diagnose(update, {**self.state, **unit, **out}, counts, found, gap_tokens)
                         for name, x in found.items():
-                            add(metrics, name, share * x)
+                            add(metrics, name, counted(x, share))
                         for name in {name for *_, change in states(update) for name in arguments(change)} & out.keys():
                             filled = seen.setdefault(name, out[name].new_zeros((len(batch.inputs), *out[name].shape[1:])))
-                            filled[unit["index"]] += share * out[name]
+                            filled[unit["index"]] += counted(out[name], share)
         self._look(batch, {i for part in parts for i in part["index"].tolist()}, update, counts, metrics)
         metrics = over_ranks(metrics)
         if half:
@@ -256,7 +262,7 @@ class TorchLearner:
         if not seeing.watch:
             return
         wants = seeing.reads & self.policy.offers
-        out = computed(self.policy, rest, wants, update.token_budget, update.temperature) if wants else {}
+        out = computed(self.policy, rest, wants, update.token_budget, update.temperature, self.share) if wants else {}
         found: dict[str, Tensor] = {}
         diagnose(seeing, {**self.state, **rest, **out}, counts, found)
         for name, x in found.items():  # every rank has those of all sequences
@@ -269,15 +275,13 @@ class TorchLearner:
 
         The first of two passes: a forward of every unit without gradient, and the loss on what they gave as leaves.
         """
-        leaves = {
-            name: x.requires_grad_()
-            for name, x in computed(self.policy, batch, wants, update.token_budget, update.temperature).items()
-        }
+        found = computed(self.policy, batch, wants, update.token_budget, update.temperature, self.share)
+        leaves = {name: x.requires_grad_() for name, x in found.items()}
         loss = total(update, {**self.state, **batch, **leaves}, counts, metrics)
         for name in metrics:  # every rank has those of all sequences
             metrics[name] = metrics[name] / world.size()
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
+        slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return {name: x for name, x in zip(leaves, slopes, strict=True) if x is not None}
 
     def _begin_state(self, update: Update) -> None:
         """The first value of each state that a term has."""
@@ -453,6 +457,18 @@ def own_units(
     return own + [(batch.take(shortest), 0.0) for _ in range(max(map(len, every)) - len(own))]
 
 
+def counted(x: Tensor, share: float) -> Tensor:
+    """What a unit adds: x, or exactly 0 where it is gone through once more (0 times infinity is nan)."""
+    return x if share else torch.zeros_like(x)
+
+
+def stop_gradient(fields: Mapping[str, Tensor]) -> None:
+    """Have a backward go through all that made these fields, as other ranks' do, and add exactly 0 to each gradient."""
+    for x in fields.values():
+        if x.requires_grad:
+            x.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+
+
 def dealt(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Which of some things of these sizes each rank gets: the largest first, to the rank that has least; in order."""
     found: list[list[int]] = [[] for _ in range(ranks)]
@@ -480,12 +496,14 @@ def over_ranks(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def computed(policy: Policy, batch: Batch, wants: set[str], token_budget: int, temperature: float = 1.0) -> dict[str, Tensor]:
-    """The fields of `wants` that a policy offers, for a whole batch and without gradient."""
+def computed(
+    policy: Policy, batch: Batch, wants: set[str], token_budget: int, temperature: float = 1.0, less: float = 1.0
+) -> dict[str, Tensor]:
+    """The fields of `wants` that a policy offers, for a whole batch and without gradient; `less` as in `own_units`."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
     with policy.autocast():
-        for unit, share in own_units(policy, numbered, token_budget):
+        for unit, share in own_units(policy, numbered, token_budget, less):
             for name, x in policy.forward(unit, wants, temperature).items():
-                out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] += share * x
+                out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] += counted(x, share)
     return {name: world.summed(out[name]) for name in sorted(out)}

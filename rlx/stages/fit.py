@@ -117,8 +117,8 @@ class Fit:
             batch = policy.collate(chosen)
             columns(batch, self.columns, chosen)
             for model in kept:
-                model.fill(batch, self.token_budget)
-            fill(batch, reads, loaded, dict.fromkeys(policy.offers, policy), self.token_budget, 1.0)
+                model.fill(batch, self.token_budget, learner.share)
+            fill(batch, reads, loaded, dict.fromkeys(policy.offers, policy), self.token_budget, 1.0, learner.share)
             credit(batch, self.derive, [])
             metrics = learner.step(batch, update, ctx.seeds(step))
             follow(loaded, specs, "policy")

@@ -49,8 +49,8 @@ class Frozen:
         key = json.dumps([FORMAT, model_key(policy), list(fields.values())]) if world.leads() else ""
         self.rows = Rows(folder, hashlib.sha256(key.encode()).hexdigest()[:32], say) if world.leads() else None
 
-    def fill(self, batch: Batch, token_budget: int) -> None:
-        """Add the fields to a batch, with a forward for the rows that are not known."""
+    def fill(self, batch: Batch, token_budget: int, less: float = 1.0) -> None:
+        """Add the fields to a batch, with a forward for the rows that are not known; `less` as in `own_units`."""
         keys = [row_key(x) for x in batch.inputs]
         known = world.first(lambda: [self.rows.known.get(key) if self.rows and key else None for key in keys])
         missing = [i for i, row in enumerate(known) if row is None]
@@ -60,7 +60,7 @@ class Frozen:
             if row is not None:
                 made[:, i, : row.shape[1]] = torch.from_numpy(row)
         if missing:
-            found = computed(self.policy, batch.take(missing), set(kinds), token_budget)
+            found = computed(self.policy, batch.take(missing), set(kinds), token_budget, less=less)
             made[:, missing] = torch.stack([found[x] for x in kinds]).cpu()
             lengths = {i: batch.inputs[i].length - batch.inputs[i].prompt for i in missing if keys[i]}
             if self.rows:

@@ -20,11 +20,13 @@ def fill(
     owners: Mapping[str, Policy],
     token_budget: int,
     temperature: float,
+    less: float = 1.0,
 ) -> None:
     """Add the fields of `reads` that models make and the forward in training does not: `ref_logp`, `critic_value`, `old_value`.
 
-    `owners` maps what the trained models offer to the model that offers it: `old_x` is its x of now. The engine's log-probs
-    are the old policy's, but where something reads both: there a forward computes `old_logp`, the trainer's own.
+    `owners` maps what the trained models offer to the model that offers it: `old_x` is its x of now. `less` of what the token
+    budget allows is read at a time, where memory did not suffice (the learner's `share`). The engine's log-probs are the old
+    policy's, but where something reads both: there a forward computes `old_logp`, the trainer's own.
     """
     wanted: dict[str, tuple[Policy, dict[str, str]]] = {}
     for name, policy in models.items():
@@ -38,7 +40,7 @@ def fill(
     for policy, fields in wanted.values():
         missing = {name: x for name, x in fields.items() if name in reads and name not in batch}
         if missing:
-            found = computed(policy, batch, set(missing.values()), token_budget, temperature)
+            found = computed(policy, batch, set(missing.values()), token_budget, temperature, less)
             batch.update({name: found[x] for name, x in missing.items()})
 
 

@@ -135,7 +135,7 @@ def train(
     def batch_of(u: Trained, episodes: list[Episode], wanted: set[str]) -> Batch:
         batch = models[u.spec.train].collate(episodes)
         columns(batch, names, episodes)
-        fill(batch, wanted, models, owners, u.update.token_budget, u.update.temperature)
+        fill(batch, wanted, models, owners, u.update.token_budget, u.update.temperature, u.learner.share)
         credit(batch, u.spec.derive or [], u.spec.advantage or [])
         return batch
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, dealt, own_units
+from rlx.learner import NonFinite, TorchLearner, Update, counted, dealt, own_units, stop_gradient
 from rlx.losses import likelihood, policy, watch
+from rlx.marks import whole_batch
 from rlx.models.language import LanguageModel
 from rlx.models.layout import num_ids
 from rlx.models.load import tiny
@@ -363,6 +364,34 @@ def test_smaller_units_are_smaller_whatever_bounds_them() -> None:
         assert len(half) >= 2 * len(whole) >= 2
         assert sum(len(unit.inputs) for unit, _ in half) == 4
     assert len(own_units(made, batch, 1, 0.5)) == 4
+
+
+def test_a_unit_that_is_gone_through_once_more_adds_nothing_whatever_its_loss_is() -> None:
+    weight = torch.tensor([0.5, 1.0], requires_grad=True)
+    fields = {"logp": weight.log(), "entropy": torch.ones(2)}
+    stop_gradient(fields)
+    (fields["logp"] / 0.0).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0.0, 0.0]
+    assert counted(torch.tensor([float("inf"), float("nan")]), 0.0).tolist() == [0.0, 0.0]
+
+
+def test_halved_units_are_halved_in_forwards_without_gradient_too() -> None:
+    made, sizes = model(), list[int]()
+    forward = made.forward
+
+    def seen(unit: Batch, *rest: Any) -> dict[str, Tensor]:
+        sizes.append(len(unit.inputs))
+        return forward(unit, *rest)
+
+    made.forward = seen  # type: ignore[method-assign]
+    coupled = Component("coupled", whole_batch(lambda logp, mask: logp[mask].mean().square()), ("logp", "mask"))
+    learner = TorchLearner(made, sgd(), lr=1.0, total=1)
+    learner.share = 0.5
+    learner.step(batch_of(made, 4), Update([coupled], REDUCTIONS["token_mean"], token_budget=10**6), (0,))
+    half = len(sizes) // 2
+    assert sizes[:half] == sizes[half:]
+    assert half >= 2
 
 
 def test_what_exceeds_the_memory_is_repeated_once_with_half_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
