@@ -122,15 +122,15 @@ def derived(batch: Batch, derive: Any, what: str) -> list[str]:
 
 def value(batch: Batch, component: Any, what: str) -> list[str]:
     """One advantage or diagnostic: right shape, finite."""
-    return finite(component.call(*(batch[r] for r in component.reads)), batch, what)
+    return finite(component.call(*(batch[r] for r in component.reads)), batch, what, by_group="group" in component.reads)
 
 
-def finite(x: Tensor, batch: Batch, what: str) -> list[str]:
-    """(N,T), (N,K) or (N,), finite where the mask is True; or one number for each group."""
+def finite(x: Tensor, batch: Batch, what: str, *, by_group: bool = False) -> list[str]:
+    """(N,T), (N,K) or (N,), finite where the mask is True; `by_group`: one number for each group instead of (N,)."""
     masks = [batch["mask"], batch["turn_mask"]]
-    shapes = [m.shape for m in masks] + [masks[0].shape[:1], torch.Size([GROUPS]), torch.Size([])]
-    if x.shape not in shapes:
-        return [f"{what} has shape {tuple(x.shape)}; {tuple(masks[0].shape)} or {tuple(masks[0].shape[:1])} is expected"]
+    row = torch.Size([GROUPS]) if by_group else masks[0].shape[:1]
+    if x.shape not in [*(m.shape for m in masks), row, torch.Size([])]:
+        return [f"{what} has shape {tuple(x.shape)}; {tuple(masks[0].shape)} or {tuple(row)} is expected"]
     inside = next((x[m] for m in masks if m.shape == x.shape), x)
     return [] if torch.isfinite(inside).all() else [f"{what} is not finite on a batch of plausible numbers"]
 
@@ -141,7 +141,7 @@ def gradient(batch: Batch, term: Any, update: Any, trained: set[str], what: str)
     stated = marked(term.call, "state")
     state = {stated[0]: torch.tensor(stated[1])} if stated else {}
     fields = {**batch, **leaves, **state}
-    found = finite(term.call(*(fields[r] for r in term.reads)).detach(), batch, what)
+    found = finite(term.call(*(fields[r] for r in term.reads)).detach(), batch, what, by_group="group" in term.reads)
     if found or not leaves:
         return found or [f"{what} reads nothing that the model in training computes, so it trains nothing"]
     mask = mask_of(term)

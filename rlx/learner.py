@@ -369,7 +369,7 @@ def diagnose(
     """
     for watch in update.watch:
         x, by = watch.call(*(fields[name] for name in watch.reads)), mask_of(watch)
-        add(metrics, watch.name, averaged(x, fields[by], token_mean, counts[by], groups_of(watch, fields)))
+        add(metrics, watch.name, averaged(watch, x, fields, token_mean, counts[by]))
     if gap_tokens:
         mask = fields["mask"]
         gap = torch.where(mask, (fields["logp"] - fields["rollout_logp"]).abs(), 0.0)
@@ -381,38 +381,37 @@ def reduced(term: Component[LossTerm], fields: Mapping[str, Tensor], reduce: Com
     """This part's share of one term.
 
     (N,T) and (N,K) by the stage's reduction, or the term's own; (N,) and (P,) by the mean over the sequences or groups that
-    are trained on; () as it is. Raises ConfigError where a term of one number a sequence or group has its own reduction.
+    are trained on; () as it is. Raises ConfigError where a term of one number a sequence or group has its own reduction, or
+    another number of them.
     """
-    mask = fields[mask_of(term)]
     x = term.call(*(fields[name] for name in term.reads))
     if x.dim() == 0 and not marked(term.call, "whole_batch"):
         raise ConfigError(f"loss {term.name!r} is one number for the whole batch: mark it @whole_batch (rlx/marks.py)")
     if term.reduce is not None and x.dim() < 2:
-        what = "sequence" if len(x.shape) and len(x) == len(mask) else "group"
+        what = "group" if "group" in term.reads else "sequence"
         raise ConfigError(
             f"loss {term.name!r} is one number for each {what}, averaged over {what}s; "
             f"`reduce: {term.reduce.name}` is for terms of one number for each token: leave it out"
         )
-    return averaged(x, mask, (term.reduce or reduce).call, counts, groups_of(term, fields))
+    return averaged(term, x, fields, (term.reduce or reduce).call, counts)
 
 
-def groups_of(component: Component[Any], fields: Mapping[str, Tensor]) -> int:
-    """How many groups there are, for a component that compares the sequences of a group; 0 for any other."""
-    return len(set(fields["group"].tolist())) if "group" in component.reads else 0
+def averaged(component: Component[Any], x: Tensor, fields: Mapping[str, Tensor], reduce: Reduce, counts: Counts) -> Tensor:
+    """What a component said: (N,T) and (N,K) by the reduction, (N,) and (P,) by their mean, () as it is.
 
-
-def averaged(x: Tensor, mask: Tensor, reduce: Reduce, counts: Counts, groups: int) -> Tensor:
-    """(N,T) and (N,K) by the reduction, (N,) and (P,) by the mean over the sequences or groups of the mask, () as it is.
-
-    A part of a batch may have as many groups as sequences: what reads `group` and gives `groups` numbers is of groups.
+    One number a group is what a component says that reads `group`, one number a sequence what another says: a part of a
+    batch may have as many groups as sequences, so that the shape does not tell. Raises ConfigError where it is of neither.
     """
+    mask, by_group = fields[mask_of(component)], "group" in component.reads
     if x.dim() == 2:
         return reduce(x, mask, counts)
     if x.dim() == 0:
         return x
-    if len(x) == groups or len(x) != len(mask):
-        return x.sum() / counts.groups
-    return torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
+    expected = len(set(fields["group"].tolist())) if by_group else len(mask)
+    if len(x) != expected:
+        what = "group, because it reads `group`" if by_group else "sequence, because it does not read `group`"
+        raise ConfigError(f"{component.name!r} is {len(x)} numbers where {expected} are expected: one for each {what}")
+    return x.sum() / counts.groups if by_group else torch.where(mask.any(1), x, 0.0).sum() / counts.sequences
 
 
 def halves(batch: Batch) -> list[Batch]:

@@ -264,9 +264,10 @@ class Batch(dict[str, "Tensor"]):
 # Each alias below is a group of the catalogue. Positional parameters of a component are the fields that it reads,
 # keyword-only parameters are its hyperparameters: the signature is the YAML schema.
 class LossTerm(Protocol):
-    """Named tensors -> (N,T), (N,K), (N,) or (P,), one number for each group: unreduced, float32, no side effect.
+    """Named tensors -> (N,T), (N,K) or (N,), and of a term that reads `group` (P,): unreduced, float32, no side effect.
 
-    A term marked `@whole_batch` sees all sequences of the optimiser step at once, and may return ().
+    (P,) is one number for each group, and such a term never gives (N,). One marked `@whole_batch` sees all sequences of the
+    optimiser step at once, and may return ().
     """
 
     def __call__(self, *fields: Tensor) -> Tensor: ...
@@ -285,7 +286,7 @@ class Derive(Protocol):
 
 
 class Watch(Protocol):
-    """Named tensors -> (N,T), (N,K), (N,) or (P,): a diagnostic, averaged and logged; never trained on."""
+    """Named tensors -> what a LossTerm may give: a diagnostic, averaged and logged; never trained on."""
 
     def __call__(self, *fields: Tensor) -> Tensor: ...
 

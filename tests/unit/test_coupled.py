@@ -93,6 +93,18 @@ def test_a_group_of_one_sequence_counts_as_a_group_in_a_unit_of_its_own(budget: 
     torch.testing.assert_close(again, gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("reads", "expected"), [(("logp", "mask"), "5"), (("logp", "mask", "group"), "3")], ids=str)
+@pytest.mark.parametrize("length", [3, 5])
+def test_what_a_term_reads_says_what_its_numbers_are_of(reads: tuple[str, ...], expected: str, length: int) -> None:
+    """In a batch of five sequences in three groups, and so in each part of it."""
+    term = Component("numbers", lambda logp, *_: logp.sum().expand(length), reads)
+    if str(length) == expected:
+        step([term], num=5)
+        return
+    with pytest.raises(ConfigError, match=f"'numbers' is {length} numbers where {expected} are expected: one for each"):
+        step([term], num=5)
+
+
 def test_a_reduction_of_its_own_is_refused_where_there_are_no_tokens() -> None:
     term = component(pairs, "logp", "group", "mask", reduce=TOKEN_MEAN)
     with pytest.raises(ConfigError, match="one number for each group, averaged over groups"):

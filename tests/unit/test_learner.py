@@ -154,9 +154,9 @@ def test_term_of_a_number_a_sequence_takes_no_reduction() -> None:
 
 # --------------------------------------------------------------------------- groups
 def margin(logp: Tensor, mask: Tensor, group: Tensor, label: Tensor) -> Tensor:
-    """-log sigmoid of the pair's margin, for each of its two sequences: (N,)."""
+    """-log sigmoid of the pair's margin: (P,)."""
     score = label * torch.where(mask, logp, 0.0).sum(1)
-    return -torch.nn.functional.logsigmoid(0.1 * ((group[:, None] == group) * score).sum(1))
+    return -torch.nn.functional.logsigmoid(0.1 * ((group.unique()[:, None] == group) * score).sum(1))
 
 
 PAIRED = Component("margin", margin, ("logp", "mask", "group", "label"))
