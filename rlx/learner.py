@@ -462,7 +462,7 @@ def counted(x: Tensor, share: float) -> Tensor:
 
 
 def stop_gradient(fields: Mapping[str, Tensor]) -> None:
-    """Have a backward go through all that made these fields, as other ranks' do, and add exactly 0 to each gradient."""
+    """Have a backward go through all that made these fields, as other ranks' do, with a gradient of exactly 0 from here on."""
     for x in fields.values():
         if x.requires_grad:
             x.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]

@@ -48,7 +48,8 @@ class States:
 
     Checkpoints written after a state are of steps that are taken again, maybe in another number of processes, whose sums
     are others to the last bit: best/ could be of a step that no line of the log has. So a state has links to the checkpoints
-    of its time, which take no space, and `put_back` makes them those of the stage again.
+    of its time, which `put_back` makes those of the stage again. They take no space until a checkpoint is replaced: then
+    its files stay for the state.
     """
 
     def __init__(self, folder: Path, save: Save, logs: Sequence[Path], say: Callable[[str], None], code: str = "") -> None:
@@ -104,7 +105,10 @@ class States:
             return
         then = self.folder / name(self.found["step"]) / CHECKPOINTS
         if then.is_dir():
-            link(then, checkpoints)
+            try:
+                link(then, checkpoints)
+            except OSError as error:
+                self.say(f"! checkpoints may be of later steps: those of the state could not be put back ({error.strerror})")
 
     def write(self, step: int, state: Mapping[str, Any], rows: Mapping[str, Sequence[Episode]]) -> None:
         """Write the state after `step`: rank 0 does. Where that fails (a full disk), it is told, and those before it stay."""
@@ -173,19 +177,26 @@ def remove(path: Path) -> None:
 
 
 def link(source: Path, to: Path) -> None:
-    """Make `to` a folder of hard links to the files of `source`, which need not exist; nothing where links cannot be made.
+    """Make `to` a folder of hard links to the files of `source`, which need not exist. Raises OSError where that fails.
 
     Models are saved as new files, so that what is saved into one of the folders later is not in the other.
     """
     beside = to.with_name(f"{to.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        beside.mkdir()
-        if source.is_dir():
-            unfinished = shutil.ignore_patterns("*.partial", "*.old")
-            shutil.copytree(source, beside, copy_function=os.link, ignore=unfinished, dirs_exist_ok=True)
-        shutil.rmtree(to, ignore_errors=True)
-        beside.rename(to)
+    beside.mkdir()
+    if source.is_dir():
+        unfinished = shutil.ignore_patterns("*.partial", "*.old")
+        shutil.copytree(source, beside, copy_function=linked, ignore=unfinished, dirs_exist_ok=True)
+    shutil.rmtree(to, ignore_errors=True)
+    beside.rename(to)
+
+
+def linked(source: str, to: str) -> None:
+    """A hard link to a file, or a copy where the disk has no links."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)
 
 
 def verified(path: Path, logs: Sequence[Path]) -> tuple[dict[str, Any], str]:

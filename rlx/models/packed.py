@@ -127,7 +127,7 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """By the logits; the saved log-probs become it, so that a graph is gone through once."""
+        """By the logits; the saved log-probs become it, so that torch raises where a graph is gone through twice."""
         (g,) = gradients
         scores, of, ids = ctx.saved_tensors
         total = g.new_zeros(len(scores)).index_add_(0, of, g)

@@ -118,7 +118,7 @@ def turn_of(policy: Any, view: View, said: Completion) -> Turn:
 
 @torch.no_grad()
 def fingerprint(policy: Any) -> tuple[int, ...]:
-    """A sum of the bits of each weight: one that is another in its last bit makes another sum, however it came to be so."""
+    """A sum of the bits of each tensor: a weight that is another in its last bit makes another sum, whoever changed it."""
     sums = [p.contiguous().view(BITS[p.element_size()]).sum(dtype=torch.int64) for p in policy.module.parameters()]
     return tuple(torch.stack(sums).tolist())
 

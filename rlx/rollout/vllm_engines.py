@@ -138,8 +138,10 @@ class Server(Engine):
     def hand_over(self, policy: Any) -> None:
         """Push the weights between two batches; the pause clears what was cached."""
         self.call("/pause?mode=wait", {})
-        self.trainer.send_weights()
-        self.call("/resume", {})
+        try:
+            self.trainer.send_weights()
+        finally:
+            self.call("/resume", {})
 
     def complete(self, prompts: Sequence[Ids], params: Sequence[dict[str, Any]]) -> list[Completion]:
         """A request for each prompt."""

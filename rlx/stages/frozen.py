@@ -8,6 +8,7 @@ import json
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Frozen:
         """Add the fields to a batch, with a forward for the rows that are not known; `less` as in `own_units`."""
         keys = [row_key(x) for x in batch.inputs]
         known = world.first(lambda: [self.rows.known.get(key) if self.rows and key else None for key in keys])
-        missing = [i for i, row in enumerate(known) if row is None]
+        first: dict[str, int] = {}
+        at = [first.setdefault(key or str(i), i) for i, key in enumerate(keys)]  # equal rows have one value
+        missing = [i for i, row in enumerate(known) if row is None and at[i] == i]
         kinds = list(self.fields.values())
         made = torch.zeros(len(kinds), *batch["mask"].shape)
         for i, row in enumerate(known):
@@ -65,7 +68,7 @@ class Frozen:
             lengths = {i: batch.inputs[i].length - batch.inputs[i].prompt for i in missing if keys[i]}
             if self.rows:
                 self.rows.add({keys[i]: made[:, i, :length].numpy().copy() for i, length in lengths.items()})
-        batch.update(zip(self.fields, made.to(self.policy.device), strict=True))
+        batch.update(zip(self.fields, made[:, at].to(self.policy.device), strict=True))
 
 
 class Rows:
@@ -124,10 +127,11 @@ def row_key(x: Any) -> str:
 
 
 def model_key(policy: LanguageModel) -> str:
-    """A hash of a model's configuration, of the type in which it computes and of its weights; not of where they were."""
+    """A hash of a model's configuration, of what computes it and in which type, and of its weights; not of where they were."""
     module = policy.module
     adapters = {name: config.to_dict() for name, config in getattr(module, "peft_config", {}).items()}
-    told = json.dumps([module.config.to_dict(), adapters, policy.bf16], default=str)
+    with_what = [torch.__version__, version("transformers"), policy.device.type, module.config._attn_implementation]
+    told = json.dumps([module.config.to_dict(), adapters, policy.bf16, with_what], default=str)
     plain = json.loads(told, object_hook=lambda found: {k: v for k, v in found.items() if k != "_name_or_path"})
     made = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name, x in sorted(module.state_dict().items()):

@@ -223,3 +223,16 @@ def test_which_row_it_is_depends_on_ids_prompt_and_who_acted() -> None:
     ]
     assert len({module.row_key(x) for x in rows}) == 4
     assert module.row_key(rows[0]) == module.row_key(module.Tokens(ids.copy(), 3, acted.copy()))
+
+
+def test_equal_rows_of_a_batch_are_read_once(tmp_path: Path) -> None:
+    """So that a run that is killed and goes on finds on disk what both rows had."""
+    made: Any = tiny(**SIZES)
+    made.__class__, made.read = Counting, 0
+    rows = [made.tokenize(row) for row in (PAIRS[0], PAIRS[2], PAIRS[0])]
+    (kept,) = frozen({"reference": random()}, {"reference": made}, {"ref_logp"}, tmp_path, print)
+    batch = made.collate(rows)
+    kept.fill(batch, 1000)
+    assert made.read == sum(x.length for x in batch.inputs[:2])
+    assert torch.equal(batch["ref_logp"][0], batch["ref_logp"][2])
+    assert batch["ref_logp"][0].any()

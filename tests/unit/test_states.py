@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlx.plan import plan
-from rlx.resume import Save, States, verified
+from rlx.resume import Save, States, link, verified
 from rlx.run import run
 from rlx.types import ConfigError
 
@@ -103,3 +103,15 @@ def test_a_stage_is_done_once_the_disk_has_what_it_wrote(tmp_path: Path, monkeyp
     assert str(folder / "out" / "model.safetensors") in wanted
     assert not wanted - set(synced[:done])
     assert str(folder) in synced[done:]
+
+
+def test_checkpoints_are_copied_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "best" / "weights").write_text("1")
+    link(tmp_path / "checkpoints", tmp_path / "kept")
+    assert (tmp_path / "kept" / "best" / "weights").read_text() == "1"
+    assert not (tmp_path / "kept.partial").exists()
