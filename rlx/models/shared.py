@@ -45,7 +45,7 @@ class SharedReader:
             apart = bool(lengths.max() >= SHORT and sum(counts) >= 2 * len(counts))
         self.apart = apart
         self.cache = SharedCache.of(prefilled(policy, [p[:-1] for p in prompts]), lengths, apart=apart)
-        self.read(torch.tensor([p[-1] for p in prompts]))
+        self._step([p[-1] for p in prompts])
         self._repeat(counts)
 
     @classmethod
@@ -57,7 +57,7 @@ class SharedReader:
         self.ahead = [np.zeros(0, np.int64) for _ in found]
         self.cache = old.cache.picked(np.array([row for row, _ in found]))
         self._extend([ids[:-1] for _, ids in found])
-        self.read(torch.tensor([ids[-1] for _, ids in found]))
+        self._step([ids[-1] for _, ids in found])
         self._repeat(counts)
         memory.clear()  # the earlier keys and values are not held beside those of the next turn
         return self
@@ -74,12 +74,22 @@ class SharedReader:
     def read(self, token: Tensor) -> None:
         """Read one more id in each row: (R,)."""
         ids = token[:, None].to(self.policy.device)
-        if ids.is_cuda:
-            self.graphs = self.graphs or Graphs(self.policy, self.cache)
-            self.logits = self.graphs(ids)
+        if self.policy.replays and (logits := self._replayed(ids)) is not None:
+            self.logits = logits
             self.cache.held[: self.cache.rows] += 1
         else:
             self.logits = self._forward(ids, np.ones(len(token), np.int64))
+
+    def _replayed(self, ids: Tensor) -> Tensor | None:
+        """The logits after ids (R,1) by a CUDA graph; None where none can be captured, now and from then on."""
+        try:
+            self.graphs = self.graphs or Graphs(self.policy, self.cache)
+            return self.graphs(ids)
+        except RuntimeError as error:
+            self.graphs, self.policy.replays = None, False
+            why = str(error).partition("\n")[0]
+            print(f"! model {self.policy.source!r}: no CUDA graph could be captured, it decodes without ({why})", flush=True)
+            return None
 
     def join(self, views: Sequence[View], counts: Sequence[int]) -> None:
         """Begin `counts[i]` rows for each view; they follow the rows that are there."""
@@ -91,6 +101,11 @@ class SharedReader:
         if any(n != 1 for n in counts):
             self.logits = self.logits.repeat_interleave(torch.tensor(counts, device=self.logits.device), 0)
             self.cache.repeat(np.array(counts))
+
+    def _step(self, last: Sequence[int]) -> None:
+        """Read the last id of what rows begin with, before they are repeated: a graph would be captured for one step."""
+        ids = torch.tensor(last, device=self.policy.device)[:, None]
+        self.logits = self._forward(ids, np.ones(len(last), np.int64))
 
     def _extend(self, rows: Sequence[Ids]) -> None:
         """Read several more ids in each row, of which some may have none; what pads them is written over later."""
