@@ -62,10 +62,10 @@ class Layout:
     back: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads;
-        off flash attention torch builds that of a call which sees a prefix.
+        """query (H,T,D), key and value (K,T,D) -> (T,H,D). No mask over the row is built, no key repeated for query heads.
 
-        Ids are picked for all calls at once, because each pick costs a gradient of the size of the row.
+        Where torch has no flash attention, it builds the mask of each call that sees a prefix. Ids are picked for all calls at
+        once, because each pick costs a gradient of the size of the row.
         """
         query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))  # of one type in autocast, too
         sizes = [call.rows * call.width for call in self.calls]

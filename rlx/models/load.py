@@ -64,14 +64,7 @@ def tiny(
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config)
     return finish(
-        module,
-        tokenizer,
-        dtype=dtype,
-        lora=lora,
-        device=device,
-        seed=seed,
-        source="tiny",
-        activation_checkpointing=activation_checkpointing,
+        module, tokenizer, dtype=dtype, lora=lora, device=device, seed=seed, source="tiny", recomputes=activation_checkpointing
     )
 
 
@@ -114,7 +107,7 @@ def tiny_t5(
         device=device,
         seed=seed,
         source="tiny_t5",
-        activation_checkpointing=activation_checkpointing,
+        recomputes=activation_checkpointing,
     )
 
 
@@ -160,14 +153,7 @@ def pretrained(
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(f"model {path!r}: its files lack {len(missing)} weights of the model, such as {missing[0]}")
     return finish(
-        module,
-        processor,
-        dtype=dtype,
-        lora=lora,
-        device=device,
-        seed=seed,
-        source=path,
-        activation_checkpointing=activation_checkpointing,
+        module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path, recomputes=activation_checkpointing
     )
 
 
@@ -251,14 +237,7 @@ def unread(
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     return finish(
-        module,
-        processor,
-        dtype=dtype,
-        lora=lora,
-        device=device,
-        seed=seed,
-        source=path,
-        activation_checkpointing=activation_checkpointing,
+        module, processor, dtype=dtype, lora=lora, device=device, seed=seed, source=path, recomputes=activation_checkpointing
     )
 
 
@@ -330,7 +309,7 @@ def finish(
     device: str,
     seed: int,
     source: str,
-    activation_checkpointing: bool = False,
+    recomputes: bool = False,
 ) -> LanguageModel:
     """Adapter (drawn from `seed`), device and padding token, the same for every way of making a model.
 
@@ -354,12 +333,12 @@ def finish(
                 module = get_peft_model(module, LoraConfig(task_type=kind, **lora))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.lora: {first_line(error)}") from error
-    if activation_checkpointing:
+    if recomputes:
         recompute(module, source)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     made = VisionLanguage if sees(module.config) else Seq2Seq if module.config.is_encoder_decoder else LanguageModel
     policy = made(module.to(where).eval(), processor, where, bf16=dtype == "bf16", source=source)
-    policy.recomputes = activation_checkpointing
+    policy.recomputes = recomputes
     policy.packs = where.type != "meta" and made is LanguageModel and packable(policy)
     module.generation_config.eos_token_id = policy.end_ids  # a saved checkpoint ends its answers where they ended here
     return policy

@@ -89,7 +89,7 @@ def tiny_vlm(
         device=device,
         seed=seed,
         source="tiny_vlm",
-        activation_checkpointing=activation_checkpointing,
+        recomputes=activation_checkpointing,
     )
 
 

@@ -118,7 +118,7 @@ def turn_of(policy: Any, view: View, said: Completion) -> Turn:
 
 @torch.no_grad()
 def fingerprint(policy: Any) -> tuple[int, ...]:
-    """A sum of the bits of each tensor: a weight that is another in its last bit makes another sum, whoever changed it."""
+    """A sum of the bits of each weight tensor: another where one number changes, be it in its last bit."""
     sums = [p.contiguous().view(BITS[p.element_size()]).sum(dtype=torch.int64) for p in policy.module.parameters()]
     return tuple(torch.stack(sums).tolist())
 

@@ -38,9 +38,9 @@ class Fit:
     The rows of a group (a pair, a list) stay together and count as one. `columns` names numeric columns of the data that
     become fields. `policy` and `reference` are short for two of the `models`.
 
-    `cache` is a folder in which what frozen models say of a row stays, for other runs as well (see rlx/stages/frozen.py); what
-    these add meanwhile may change the last bits of a run that is killed and goes on.
-    Without one it is in the stage's own folder, if a row is met more than once.
+    What frozen models say of a row that is met more than once is kept in the stage's folder (see rlx/stages/frozen.py), or in
+    the folder `cache`, for other runs as well: what these add meanwhile may change the last bits of a run that is killed and
+    goes on.
     """
 
     data: DataRef
