@@ -108,7 +108,7 @@ def test_diagnostics_are_of_all_sequences() -> None:
     read, plain = same(Update([CLIPPED], MEAN, [CLIPS]), (1, 4, 5))
     assert plain[True] - read[True] == length(1, 4, 5)
     assert read[False] == 0
-    read, plain = same(Update([CLIPPED], MEAN, [CLIPS, ENTROPY], token_budget=40), (1, 4, 5))
+    read, plain = same(Update([CLIPPED], MEAN, [CLIPS, ENTROPY], token_budget=40, temperature=0.5), (1, 4, 5))
     assert plain[True] - read[True] == length(1, 4, 5)
     assert read[False] == length(1, 4, 5)
 
