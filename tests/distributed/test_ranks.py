@@ -361,7 +361,7 @@ def test_out_of_memory_starts_again_and_an_error_is_told_once(folder: Path) -> N
 
 
 def test_a_rank_that_makes_no_progress_is_named_with_its_stacks(folder: Path) -> None:
-    status, _, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:stalls]", "launch.timeout=60", "run_dir=stalled")
+    status, _, err = rlx(folder, "fit.yaml", *TWO, "stages.fit.loss=[./own.py:stalls]", "launch.timeout=40", "run_dir=stalled")
     assert status == 1, err
     lines = err.splitlines()
     assert lines[0] == "rlx: rank 1 made no progress in an update in step 1 of stage 'fit' for launch.timeout seconds"
