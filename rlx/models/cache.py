@@ -54,9 +54,10 @@ class SharedCache:
         if moved := moves(order):
             at = exchanged(np.arange(len(self.begun)), *moved)  # an exchange is its own inverse
             self.begun, self.which = exchanged(self.begun, *moved), at[self.which]
+            there = [torch.from_numpy(places).to(device) for places in moved]
             for pair in self.prompts:
                 for x in pair:
-                    exchanged(x, *moved)
+                    exchanged(x, *there)
         which = self.which[: self.rows]
         grid, column = gridded(which, len(order))
         self.grid = torch.from_numpy(grid).to(device)
@@ -104,9 +105,10 @@ class SharedCache:
         """Go on with these rows, in this order (see `kept`); the others change places with them and stay behind."""
         if moved := moves(rows):
             width = int(self.held[: self.rows].max())
+            there = [torch.from_numpy(places).to(self.row.device) for places in moved]
             for pair in self.own:
                 for x in pair:
-                    exchanged(x[:, :, :width], *moved)
+                    exchanged(x[:, :, :width], *there)
             for known in (self.which, self.held, self.seats):
                 exchanged(known, *moved)
         self.rows = len(rows)
@@ -169,14 +171,14 @@ def kept(stays: Any) -> Ids:
 
 
 def moves(order: Ids) -> tuple[Ids, Ids] | None:
-    """The places that change in `order`, and those that they change with."""
+    """The places that change in `order`, each once, and those that they change with."""
     to = np.flatnonzero(order != np.arange(len(order)))
-    return (to, order[to]) if len(to) else None
+    return (np.concatenate([to, order[to]]), np.concatenate([order[to], to])) if len(to) else None
 
 
-def exchanged(x: Array, a: Ids, b: Ids) -> Array:
-    """`x` with the entries a and b of its first dimension exchanged, in place; no entry is named twice."""
-    x[np.concatenate([a, b])] = x[np.concatenate([b, a])]
+def exchanged(x: Array, places: Array, others: Array) -> Array:
+    """`x` with entries of its first dimension exchanged, in place (see `moves`); a tensor's places lie on its device."""
+    x[places] = x[others]
     return x
 
 
