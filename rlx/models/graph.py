@@ -20,7 +20,10 @@ ROWS, COLUMNS, SAMPLES = 32, 256, 8  # shapes grow in such steps, so that there 
 
 
 class Sizes(NamedTuple):
-    """What a graph is good for: rows, columns, prompts, samples a prompt, and the memory that it reads and writes."""
+    """What a graph is good for: rows, columns, prompts, samples a prompt, and the memory that it reads and writes.
+
+    memory: the shapes of the first layer's keys, and where keys and values of each layer are.
+    """
 
     rows: int
     columns: int
@@ -35,13 +38,17 @@ def sizes(cache: SharedCache) -> Sizes:
     width = int(cache.held[: cache.rows].max()) + 1
     cache.reserve(rows, width + 1)  # what fills up writes to the last column, which is no row's yet
     apart = bool(cache.prompts)
-    tensors = [cache.own[0][0], *(cache.prompts[0] if apart else ())]
+    layers = [*cache.own, *cache.prompts]
     return Sizes(
         rows,
         min(up(width, COLUMNS), cache.own[0][0].shape[2]),
         len(cache.begun) if apart else 0,
         up(cache.grid.shape[1], SAMPLES) if apart else 0,
-        tuple(x.data_ptr() for x in tensors),
+        (
+            *cache.own[0][0].shape,
+            *(cache.prompts[0][0].shape if apart else ()),
+            *(x.data_ptr() for pair in layers for x in pair),
+        ),
     )
 
 
@@ -88,7 +95,7 @@ class Graphs:
         self.captured: dict[Sizes, tuple[Frame, Any, Tensor]] = {}
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Read ids (R,1): the logits (R,V), which the next call writes over."""
+        """Read ids (R,1): the logits (R,V), which the next call writes over. Raises RuntimeError where none can be captured."""
         shape = sizes(self.cache)
         settings = self.cache.settings(1)
         if any(known.memory != shape.memory for known in self.captured):
@@ -109,8 +116,8 @@ class Graphs:
             frame.run()  # what is made at a first call must not be made in the graph
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = frame.run()
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            logits = frame.run()  # where that fails, torch leaves the stream of the capture as the current one
         return graph, logits
 
 

@@ -36,7 +36,8 @@ class LanguageModel:
 
     `packs`: it takes rlx's attention, so that sequences are packed into one row in the forward (see rlx/models/packed.py) and
     rows that are decoded share their prompts (rlx/models/shared.py). `recomputes`: the backward pass computes its layers once
-    more (rlx/models/recompute.py).
+    more (rlx/models/recompute.py). `replays`: its decode steps are CUDA graphs (rlx/models/graph.py), until one cannot be
+    captured.
     """
 
     def __init__(self, module: Any, tokenizer: Any, device: torch.device, *, bf16: bool, source: str) -> None:
@@ -49,6 +50,7 @@ class LanguageModel:
         self.memory: Memory | None = None
         self.heads: Heads | None = None
         self.packs = self.recomputes = False
+        self.replays = device.type == "cuda"
         self.end_token = self._end_token()
         self.end_ids = end_ids(module, tokenizer, self.end_token)
 

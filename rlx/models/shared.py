@@ -74,12 +74,22 @@ class SharedReader:
     def read(self, token: Tensor) -> None:
         """Read one more id in each row: (R,)."""
         ids = token[:, None].to(self.policy.device)
-        if ids.is_cuda:
-            self.graphs = self.graphs or Graphs(self.policy, self.cache)
-            self.logits = self.graphs(ids)
+        if self.policy.replays and (logits := self._replayed(ids)) is not None:
+            self.logits = logits
             self.cache.held[: self.cache.rows] += 1
         else:
             self.logits = self._forward(ids, np.ones(len(token), np.int64))
+
+    def _replayed(self, ids: Tensor) -> Tensor | None:
+        """The logits after ids (R,1) by a CUDA graph; None where none can be captured, now and from then on."""
+        try:
+            self.graphs = self.graphs or Graphs(self.policy, self.cache)
+            return self.graphs(ids)
+        except RuntimeError as error:
+            self.graphs, self.policy.replays = None, False
+            why = str(error).partition("\n")[0]
+            print(f"! model {self.policy.source!r}: no CUDA graph could be captured, it decodes without ({why})", flush=True)
+            return None
 
     def join(self, views: Sequence[View], counts: Sequence[int]) -> None:
         """Begin `counts[i]` rows for each view; they follow the rows that are there."""

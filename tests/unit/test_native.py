@@ -136,11 +136,39 @@ def test_a_step_of_fixed_shapes_is_the_step(lengths: tuple[int, ...]) -> None:
             torch.testing.assert_close(framed, reader.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_graph_is_good_for_the_memory_that_it_was_captured_with(apart: bool) -> None:
+    reader = SharedReader(model("qwen2"), prompts(20, 9), [3, 2], 20, apart)
+    before = sizes(reader.cache)
+    assert sizes(reader.cache) == before
+    for layers in (reader.cache.own, *([reader.cache.prompts] if apart else [])):
+        key, value = layers[-1]
+        layers[-1] = (key, value.clone())
+        assert sizes(reader.cache).memory != before.memory
+        layers[-1] = (key, value)
+    assert sizes(reader.cache) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a graph can be captured")
+def test_where_no_graph_can_be_captured_steps_are_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Begun, joined or resumed, what is read once is read without a graph."""
+    policy, views, asked = eager_to_end("qwen2"), prompts(20, 9, 5), keys(3, 2, 4)
+    plain = generate(policy, views, asked, Sampling(12, rows=6))
+    policy.replays = True
+    reader = SharedReader(policy, views[:1], [2], 12)
+    reader.join(views[1:2], [1])
+    assert policy.replays
+    assert tokens(generate(policy, views, asked, Sampling(12, rows=6))) == tokens(plain)
+    assert not policy.replays
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("! model 'qwen2': no CUDA graph could be captured, it decodes without (")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_on_a_gpu_draw_what_the_cpu_scores() -> None:
     policy = eager_to_end("qwen2")
     policy.module.to("cuda")
-    policy.device = torch.device("cuda")
+    policy.device, policy.replays = torch.device("cuda"), True
     played = generate(policy, prompts(140, 12, 131, 9), keys(4, 3, 3, 5), Sampling(60, rows=8))
     assert gap(policy, [t for row in played for t in row]) < 1e-3
 
