@@ -123,6 +123,8 @@ def check_room(policy: LanguageModel, views: Sequence[View], longest: int) -> No
 class Memory:
     """What a reader holds when its turns are over, for the next turns of the same conversations.
 
+    It serves those that the next reader begins with, if it has the beginning of each; what that reader joins is read anew.
+
     `rows`: the ids of a conversation up to its last drawn one, which is not read yet, and the row that holds them.
     """
 
