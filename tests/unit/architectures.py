@@ -15,6 +15,12 @@ from rlx.types import Episode, Message, Task, Turn
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+# latent attention: values are narrower than keys
+LATENT = {
+    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8},
+    **{"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1},
+    **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"},
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", GROUPED),
@@ -27,10 +33,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# attention that is not just queries of some heads on keys of as many or fewer
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": ("DeepseekV3Config", {**GROUPED, **LATENT}),
+    "jetmoe": ("JetMoeConfig", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 2, "kv_channels": 8}),
+    "jetmoe_of_one": ("JetMoeConfig", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, "kv_channels": 8}),
+    "doge": ("DogeConfig", GROUPED),
+}
+
 
 def model(name: str, seed: int = 0) -> LanguageModel:
     """A policy whose weights are large enough for its distributions to be far from uniform."""
-    kind, settings = CONFIGS[name]
+    kind, settings = (CONFIGS | ODD)[name]
     config = getattr(transformers, kind)(vocab_size=262, pad_token_id=0, bos_token_id=None, eos_token_id=1, **settings)
     torch.manual_seed(seed)
     attention = "eager" if name == "gemma2" else "sdpa"

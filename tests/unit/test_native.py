@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import CONFIGS, model
+from architectures import CONFIGS, ODD, model
 
 from rlx.models import shared
 from rlx.models.cache import FAR, kept
@@ -74,6 +74,14 @@ def gap(policy: LanguageModel, turns: list[Turn], temperature: float = 1.0) -> f
 def test_sampled_logp_is_the_training_forward(name: str, lengths: tuple[int, ...]) -> None:
     policy = eager_to_end(name)
     played = generate(policy, prompts(*lengths), keys(5, 1, 6), Sampling(70, 0.8))
+    assert gap(policy, [t for row in played for t in row], 0.8) < 1e-5
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_sampled_is_what_is_trained_on_also_where_a_model_cannot_share(name: str) -> None:
+    policy = eager_to_end(name)
+    assert policy.packs == (name == "jetmoe_of_one")
+    played = generate(policy, prompts(140, 1, 133), keys(3, 1, 3), Sampling(20, 0.8))
     assert gap(policy, [t for row in played for t in row], 0.8) < 1e-5
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import GROUPED, ids, model
+from architectures import GROUPED, LATENT, ids, model
 from architectures import episode as told
 from torch import Tensor, nn
 
@@ -247,13 +247,6 @@ def test_the_split_changes_no_field() -> None:
 
 
 # --------------------------------------------------------------------------- who packs
-LATENT = {
-    **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8},
-    **{"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1},
-    **{"topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "greedy"},
-}
-
-
 def test_what_an_architecture_adds_is_not_packed_away() -> None:
     assert not model("gemma2").packs  # windows, soft-capped attention
     assert not tiny_t5().packs
