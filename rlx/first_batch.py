@@ -128,7 +128,13 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
     answer = max(num_tokens(row) - len(row.turns[0].seen) for row in made)
     reference = models.get(stage.reference)[1] if "ref_logp" in reads(stage.loss, stage.watch, stage.derive) else None
     yield from memory.estimate(
-        real, reference, rows=stage.rows_per_step, prompt=prompt, answer=answer, budget=stage.token_budget
+        real,
+        reference,
+        rows=stage.rows_per_step,
+        prompt=prompt,
+        answer=answer,
+        budget=stage.token_budget,
+        packs=model.packs,
     )
     yield from ranks(models, real, reference)
 
@@ -187,6 +193,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         prompt=longest,
         answer=limit,
         budget=stage.token_budget,
+        packs=speaks and model.packs,
         decoded=min(episodes, Sampling(limit).rows),
     )
     yield from ranks(models, real, reference)

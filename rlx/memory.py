@@ -12,8 +12,11 @@ import torch
 from rlx.types import ConfigError
 
 # Bytes a scored position takes for each entry of the vocabulary: five float32 copies of its logits are alive at the peak
-# of forward and backward.
+# of forward and backward (of packed sequences, where the entropy is wanted).
 TRAINED_LOGIT = 20
+# Where sequences are packed, up to so many logits (a quarter of a gibibyte in float32) exist at once; more are computed once
+# more in the backward pass.
+LARGEST = 2**26
 # Bytes a sampled row takes for each entry of the vocabulary: logits and log-probs in float32, probabilities and their
 # cumulative sum in float64.
 SAMPLED_LOGIT = 24
@@ -105,7 +108,7 @@ def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> l
 
 
 def activations(model: Sizes, tokens: int) -> int:
-    """Bytes that the backward needs of one unit of `tokens` padded tokens: layers x tokens x (40 hidden + 4 b ffn).
+    """Bytes that the backward needs of one unit of `tokens` tokens, padding counted: layers x tokens x (40 hidden + 4 b ffn).
 
     With activation checkpointing, each layer's input in float32 and the layer that is computed once more:
     tokens x (4 layers hidden + 40 hidden + 4 b ffn).
@@ -118,8 +121,15 @@ def activations(model: Sizes, tokens: int) -> int:
     return model.layers * tokens * 4 * model.hidden + layer if model.recomputes else model.layers * layer
 
 
+def of_key(model: Sizes) -> float:
+    """What one more key and value in each layer takes, as a share of what a token does: of those that are packed, each
+    sequence holds the keys of what it shares with others."""
+    held = 1 if model.recomputes else model.layers
+    return held * 2 * model.cached * (2 if model.bf16 else 4) / activations(model, 1)
+
+
 def logits(model: Sizes, scored: int) -> int:
-    """Bytes of the logits of one unit with `scored` padded positions after the prompts: scored x vocabulary x 20."""
+    """Bytes of the logits of `scored` positions that exist at once, padding counted: scored x vocabulary x 20."""
     return scored * model.vocabulary * TRAINED_LOGIT
 
 
@@ -130,17 +140,33 @@ def rollouts(model: Sizes, rows: int, tokens: int) -> int:
 
 
 def estimate(
-    real: Sizes, reference: Sizes | None, *, rows: int, prompt: int, answer: int, budget: int, decoded: int = 0
+    real: Sizes,
+    reference: Sizes | None,
+    *,
+    rows: int,
+    prompt: int,
+    answer: int,
+    budget: int,
+    packs: bool = False,
+    decoded: int = 0,
 ) -> list[str]:
     """The largest batch of an optimiser step in units, and the memory of training on it, in words.
 
     `rows` sequences of `prompt` + `answer` tokens, all as long as the longest; `decoded` of them are sampled at a time.
-    Rollouts and training take turns, so the peak is what stays and the larger of the two. Evaluations are not counted.
+    Where the model `packs`, a unit has as many tokens as the budget, or one longer row, and logits exist for some positions
+    at a time. Rollouts and training take turns, so the peak is what stays and the larger of the two. Evaluations are not
+    counted.
     """
-    each = min(rows, max(1, budget // (prompt + answer)))
-    number = math.ceil(rows / each)
-    stays = states(real, reference)
-    heads, layers = logits(real, each * answer), activations(real, each * (prompt + answer))
+    longest, stays = prompt + answer, states(real, reference)
+    if packs:
+        unit = min(rows * longest, max(budget, longest))
+        scored = min(unit, rows * answer, max(1, LARGEST // real.vocabulary))
+        split = f"in packed units of at most {many(unit, 'token')}"
+    else:
+        each = min(rows, max(1, budget // longest))
+        unit, scored = each * longest, each * answer
+        split = f"= {many(math.ceil(rows / each), 'unit')} of at most {many(each, 'row')}"
+    heads, layers = logits(real, scored), activations(real, unit)
     cache = rollouts(real, decoded, prompt + answer)
     parts = [
         f"weights, gradient, AdamW{', reference' if reference else ''} {gigabytes(stays)}",
@@ -149,8 +175,7 @@ def estimate(
         f"at the peak {gigabytes(stays + max(heads + layers, cache))}",
     ]
     return [
-        f"largest batch: {many(rows, 'row')} of {prompt} + {answer} tokens = {many(number, 'unit')} of at most "
-        f"{many(each, 'row')} (token_budget {budget})",
+        f"largest batch: {many(rows, 'row')} of {prompt} + {answer} tokens {split} (token_budget {budget})",
         f"memory of {real.weights:,} weights: {'; '.join(parts)}",
     ]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlx import memory
 from rlx.models import packed, padded
 from rlx.models.collate import acted, batch_of
 from rlx.models.heads import Heads, saved_heads
@@ -251,8 +252,9 @@ class LanguageModel:
 
     def split(self, batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
         """The sequences of a batch in parts of which a forward reads at most `token_budget` tokens, padding counted."""
-        how = packed_parts if self.packs else padded_parts
-        return how(batch, token_budget, whole_groups=whole_groups)
+        if not self.packs:
+            return padded_parts(batch, token_budget, whole_groups=whole_groups)
+        return packed_parts(batch, token_budget, whole_groups=whole_groups, key=memory.of_key(memory.sizes(self)))
 
     @property
     def base(self) -> Any:

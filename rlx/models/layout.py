@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -193,6 +194,8 @@ def common(a: Ids, b: Ids) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def num_ids(sequences: Sequence[Ids]) -> int:
-    """How many ids a row of some sequences has."""
-    return sum(prefix + sum(len(sequences[i]) - prefix for i in members) for members, prefix in trees(sequences))
+def num_ids(sequences: Sequence[Ids], key: float = 0.0) -> int:
+    """How many ids a row of some sequences has, where each key of a prefix that a branch holds beside its own counts `key`."""
+    found = trees(sequences)
+    ids = sum(prefix + sum(len(sequences[i]) - prefix for i in members) for members, prefix in found)
+    return ids + math.ceil(key * sum(prefix * sum(len(sequences[i]) > prefix for i in members) for members, prefix in found))

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlx.memory import LARGEST
 from rlx.models.attention import adopt, shareable
 from rlx.models.layout import Row, pack
 from rlx.types import Batch, Ids, Tokens, View
 
 if TYPE_CHECKING:
     from rlx.models.language import LanguageModel
-
-# Up to so many logits (a quarter of a gibibyte in float32) exist at once; more are computed once more in the backward pass.
-LARGEST = 2**26
 
 
 def forward(policy: LanguageModel, batch: Batch, want: set[str], temperature: float) -> dict[str, Tensor]:

@@ -43,17 +43,18 @@ def padded_parts(batch: Batch, token_budget: int, *, whole_groups: bool) -> list
     return found
 
 
-def packed_parts(batch: Batch, token_budget: int, *, whole_groups: bool) -> list[list[int]]:
+def packed_parts(batch: Batch, token_budget: int, *, whole_groups: bool, key: float) -> list[list[int]]:
     """Parts of at most `token_budget` tokens, of which those that sequences of a group share count once.
 
+    The keys of what is shared, which each of these sequences holds, count `key` of a token each (see `memory.of_key`).
     A group that has more by itself is cut, unless `whole_groups`; a part has at least one sequence, or one such group.
     """
     ids = [x.ids for x in batch.inputs]
     found: list[list[int]] = []
     used = 0
     for block in by_length(batch, blocks(batch, whole_groups=True)):
-        for piece in [block] if whole_groups else cut(ids, block, token_budget):
-            size = num_ids([ids[i] for i in piece])
+        for piece in [block] if whole_groups else cut(ids, block, token_budget, key):
+            size = num_ids([ids[i] for i in piece], key)
             if found and used + size <= token_budget:
                 found[-1] += piece
                 used += size
@@ -63,13 +64,14 @@ def packed_parts(batch: Batch, token_budget: int, *, whole_groups: bool) -> list
     return found
 
 
-def cut(ids: Sequence[Ids], block: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Pieces of a block of at most `token_budget` ids, what a whole piece begins with counted once."""
+def cut(ids: Sequence[Ids], block: Sequence[int], token_budget: int, key: float) -> Iterator[list[int]]:
+    """Pieces of a block of at most `token_budget` ids; what a whole piece begins with counts once, and `key` for each of it."""
     piece: list[int] = []
     total = shared = 0
     for i in block:
         begins = min(shared, common(ids[piece[0]], ids[i])) if piece else len(ids[i])
-        if piece and total + len(ids[i]) - len(piece) * begins > token_budget:
+        more = key * (len(piece) + 1) - len(piece)  # for each id that all begin with
+        if piece and total + len(ids[i]) + more * begins > token_budget:
             yield piece
             piece, total, begins = [], 0, len(ids[i])
         piece.append(i)

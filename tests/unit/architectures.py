@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,20 @@ def model(name: str, seed: int = 0) -> LanguageModel:
             if parameter.dim() > 1:
                 parameter.mul_(6.0)
     return finish(module, byte_tokenizer(), dtype="fp32", lora=None, device="cpu", seed=0, source=name)
+
+
+def kept_bytes(policy: LanguageModel, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for the backward pass, weights not counted."""
+    weights = {w.untyped_storage().data_ptr() for w in policy.module.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), policy.autocast():
+        forward()
+    return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in weights)
 
 
 def ids(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import kept_bytes
 from transformers import Gemma3TextConfig, Qwen2Config
 
 from rlx import memory, probes
@@ -91,14 +92,14 @@ def test_every_stage_is_looked_at() -> None:
     ]
     assert lines[4] == "  longest row: 9 tokens; max_length not set, the model's context 1024"
     assert lines[5].startswith("  loss of 4 rows with random weights: nll 5.")
-    assert lines[6] == "  largest batch: 8 rows of 6 + 3 tokens = 1 unit of at most 8 rows (token_budget 16384)"
+    assert lines[6] == "  largest batch: 8 rows of 6 + 3 tokens in packed units of at most 72 tokens (token_budget 16384)"
     assert lines[8:12] == [
         "",
         "rl",
         "  73 rows: prompt, answer, carry",
         "  first batch: 6 prompts of 6 to 6 (mean 6.0) tokens; answers of at most 5",
     ]
-    assert "  largest batch: 6 rows of 6 + 5 tokens = 2 units of at most 5 rows (token_budget 64)" in lines
+    assert "  largest batch: 6 rows of 6 + 5 tokens in packed units of at most 64 tokens (token_budget 64)" in lines
     assert lines[-4:-1] == ["test", "  evaluates on 7 rows: prompt, answer, carry", ""]
     assert lines[-1].startswith("this machine: ")
 
@@ -271,6 +272,9 @@ def test_memory_by_hand() -> None:
     assert memory.activations(HALF, 7) == 2 * 7 * (40 * 10 + 8 * 30)
     again = dataclasses.replace(SIZES, recomputes=True)
     assert memory.activations(again, 7) == 2 * 7 * 4 * 10 + 7 * (40 * 10 + 16 * 30)
+    assert memory.of_key(SIZES) == 2 * 2 * 4 * 4 / memory.activations(SIZES, 1)
+    assert memory.of_key(HALF) == 2 * 2 * 4 * 2 / memory.activations(HALF, 1)
+    assert memory.of_key(again) == 2 * 4 * 4 / memory.activations(again, 1)
     assert memory.logits(SIZES, 3) == 3 * 50 * 20
     assert memory.rollouts(SIZES, 3, 11) == 3 * (2 * 2 * 4 * 4 * 11 + 50 * 24)
     assert memory.rollouts(HALF, 3, 11) == 3 * (2 * 2 * 4 * 2 * 11 + 50 * 24)
@@ -326,6 +330,14 @@ def test_the_estimate_in_words() -> None:
     assert memory.estimate(large, None, rows=2, prompt=5000, answer=1, budget=4096)[0] == (
         "largest batch: 2 rows of 5000 + 1 tokens = 2 units of at most 1 row (token_budget 4096)"
     )
+    assert memory.estimate(large, large, rows=100, prompt=100, answer=400, budget=4096, packs=True) == [
+        "largest batch: 100 rows of 100 + 400 tokens in packed units of at most 4096 tokens (token_budget 4096)",
+        "memory of 494,032,768 weights: weights, gradient, AdamW, reference 10.9 GB; a unit's logits 1.3 GB and activations "
+        "7.3 GB; at the peak 19.6 GB",
+    ]
+    assert memory.estimate(large, None, rows=2, prompt=5000, answer=1, budget=4096, packs=True)[0] == (
+        "largest batch: 2 rows of 5000 + 1 tokens in packed units of at most 5001 tokens (token_budget 4096)"
+    )
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -336,17 +348,8 @@ def test_activations_are_those_that_the_backward_keeps(dtype: Any, *, again: boo
 
     def kept(layers: int) -> int:
         model = tiny(layers=layers, **settings)
-        weights = {w.untyped_storage().data_ptr() for w in model.module.parameters()}
-        saved: dict[int, torch.Tensor] = {}
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            saved[x.untyped_storage().data_ptr()] = x
-            return x
-
         ids = torch.ones(4, 128, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), model.autocast():
-            model.module.model(input_ids=ids, use_cache=False)
-        return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in weights)
+        return kept_bytes(model, lambda: model.module.model(input_ids=ids, use_cache=False))
 
     two, four = (memory.sizes(tiny(layers=layers, **settings)) for layers in (2, 4))
     halved = 2 * 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256)  # the casts of two layers' weights, counted with the weights

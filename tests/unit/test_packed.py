@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import GROUPED, LATENT, ids, model
+from architectures import GROUPED, LATENT, ids, kept_bytes, model
 from architectures import episode as told
 from torch import Tensor, nn
 
+from rlx import memory
 from rlx.learner import computed, units
 from rlx.models import layout, packed, padded
 from rlx.models.attention import NAME
@@ -225,14 +226,26 @@ def test_units_count_what_a_group_shares_once() -> None:
     groups = [told(([10 * g + 2 + i for i in range(9)], [100 + k] * (k + 1)), group=g) for g in range(5) for k in range(4)]
     batch = policy.collate(groups)
     batch["index"] = torch.arange(20)
-    for budget in (1, 20, 40, 60, 1000):
+    key = memory.of_key(memory.sizes(policy))
+    for budget in (1, 21, 42, 63, 1000):
         parts = list(units(policy, batch, budget))
         assert sorted(i for part in parts for i in part["index"].tolist()) == list(range(20))
-        sizes = [num_ids([x.ids for x in part.inputs]) for part in parts]
+        sizes = [num_ids([x.ids for x in part.inputs], key) for part in parts]
         assert all(size <= budget or len(part.inputs) == 1 for size, part in zip(sizes, parts, strict=True))
-        assert len(parts) == {1: 20, 20: 5, 40: 3, 60: 2, 1000: 1}[budget]
+        assert len(parts) == {1: 20, 21: 5, 42: 3, 63: 2, 1000: 1}[budget]
     whole = list(units(policy, batch, 1, whole_groups=True))
     assert [sorted(part["group"].tolist()) for part in whole] == [[g] * 4 for g in range(5)]
+
+
+def test_a_unit_keeps_what_as_many_tokens_keep_however_long_the_prompt_is() -> None:
+    """Of which each answer holds the keys."""
+    policy = tiny(layers=3, hidden=64, heads=4, kv_heads=4, ffn=128)
+    batch = policy.collate([told((list(range(2, 232)), [i, 1]), group=0) for i in range(2, 50)])
+    for budget in (10_000, 700):
+        for part in units(policy, batch, budget):
+            row = pack([x.ids for x in part.inputs], policy.device)
+            kept = kept_bytes(policy, lambda row=row: packed.states(policy.backbone, row))
+            assert kept <= 1.15 * memory.activations(memory.sizes(policy), budget)
 
 
 def test_the_split_changes_no_field() -> None:

@@ -36,7 +36,7 @@ ROOT = PACKAGE.parent
 LAYERS = """
 types
 world
-tensors encoding marks
+tensors encoding marks memory
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -58,7 +58,7 @@ plan
 compose
 ranks
 stages
-check memory probes
+check probes
 first_batch run
 claims graph
 reproduce
