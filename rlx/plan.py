@@ -173,6 +173,7 @@ def verifier_of(task: TaskSource) -> Callable[[list[Episode]], Any]:
     def verifier(episodes: list[Episode]) -> Any:
         return task.verifier(episodes)
 
+    verifier.means = task.verifier  # type: ignore[attr-defined]  # it may be one that worker processes compute
     return verifier
 
 

@@ -30,6 +30,7 @@ from rlx.learner import MakeLearner, TorchLearner
 from rlx.paths import PACKAGE, writable
 from rlx.plan import Plan
 from rlx.resume import States, sync, sync_all
+from rlx.rewards import pool
 from rlx.source import code_hash
 from rlx.stages.context import Context
 from rlx.stopping import Stop, stoppable
@@ -115,6 +116,7 @@ def run(
             said += f"\nonce that is put right, go on from the last state with: rlx resume {run_dir}"
         raise Failed(said) from error
     finally:
+        pool.close()
         tracker.finish()
     return info
 

@@ -100,13 +100,12 @@ def reach(start: Path) -> frozenset[Path]:
 
 @functools.cache
 def imports(file: Path) -> frozenset[Path]:
-    """The files of rlx that a file imports, inside functions too, and the scripts beside it that it names (to run them)."""
+    """The files of rlx that a file imports, inside functions too."""
     try:
         tree = ast.parse(source(file))
     except SyntaxError:  # of a file of the user's; whoever imports it says so
         return frozenset()
     package = ".".join(["rlx", *Path(label(file)).parts[:-1]])
-    beside = {path.name: path for path in file.parent.glob("*.py")}
     found: set[Path] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -114,8 +113,6 @@ def imports(file: Path) -> frozenset[Path]:
         elif isinstance(node, ast.ImportFrom):
             module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             found = found.union(*(files_of(f"{module}.{alias.name}") for alias in node.names))
-        elif isinstance(node, ast.Constant) and node.value in beside:
-            found.add(beside[node.value])
     return frozenset(found)
 
 

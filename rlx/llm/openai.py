@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx import world
-from rlx.types import ConfigError, Message
+from rlx.types import ConfigError, Failed, Message
 
 # Answers after which another try may succeed, besides those from 500 on: timeout, conflict, too many requests.
 AGAIN = (408, 409, 429)
@@ -29,7 +29,7 @@ SENT: collections.Counter[tuple[str, str]] = collections.Counter()
 LOCK = threading.Lock()
 
 
-class Unanswered(RuntimeError):
+class Unanswered(Failed):
     """The endpoint refused, failed for as often as it was tried, or the budget is spent."""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from rlx.rewards import answers, latex
+from rlx.rewards import answers
+from rlx.rewards.pool import pooled
 from rlx.types import ConfigError, DataError, Episode
 
 ANSWER_LAST = r".*(####\s*[-+]?\$?[0-9][0-9.,/]*%?|\\boxed\{[^\n]{1,400}\}[.$\s]*)"
@@ -19,6 +20,14 @@ def verifier(episodes: list[Episode]) -> list[float]:
     raise ConfigError("the recipe has no task, so it has no verifier")
 
 
+def math_verify() -> None:
+    """Import what compares formulas, with what it loads when it is first used."""
+    from rlx.rewards.latex import same_math
+
+    same_math("x+1", "1+x")
+
+
+@pooled(math_verify, method="math_verify")
 def answer_match(
     episodes: list[Episode],
     *,
@@ -31,18 +40,14 @@ def answer_match(
 
     extract: how the final answer is found, see `answers.extract`. method: `exact` compares numbers as fractions and all
     else as text; `math_verify` asks the package of that name, too, where those differ (LaTeX, sets, algebra).
-    timeout: seconds of wall clock for one such comparison. after: a heading; only the first line after its last occurrence
-    is read, and the whole completion where there is none. Raises DataError if a task has no answer.
+    timeout: seconds of wall clock for an answer, with `math_verify`, which works in a worker process. after: a heading; only
+    the first line after its last occurrence is read, and the whole completion where there is none. Raises DataError if a task
+    has no answer.
     """
-    verdicts: dict[tuple[str, str], float] = {}
 
     def score(episode: Episode) -> float:
         gold, said = _gold(episode), answers.extract(_told(episode.completion, after), extract)
-        if said is None:
-            return 0.0
-        if (gold, said) not in verdicts:
-            verdicts[gold, said] = _compare(gold, said, method, timeout)
-        return verdicts[gold, said]
+        return 0.0 if said is None else float(_same(gold, said, method))
 
     return [score(episode) for episode in episodes]
 
@@ -64,13 +69,12 @@ def _gold(episode: Episode) -> str:
     return answers.extract_gold(episode.task.answer)
 
 
-def _compare(gold: str, said: str, method: str, timeout: float) -> float:
-    if answers.same_answer(gold, said):
-        return 1.0
-    if method == "exact":
-        return 0.0
-    same = latex.same_math(gold, said, timeout=timeout)
-    return float("nan") if same is None else float(same)
+def _same(gold: str, said: str, method: str) -> bool:
+    if answers.same_answer(gold, said) or method == "exact":
+        return answers.same_answer(gold, said)
+    from rlx.rewards.latex import same_math
+
+    return same_math(gold, said)
 
 
 def format(episodes: list[Episode], *, pattern: str = ANSWER_LAST) -> list[float]:

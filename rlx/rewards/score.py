@@ -3,72 +3,113 @@
 from __future__ import annotations
 
 import itertools
-import traceback
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from rlx.types import Component, ConfigError, Episode, Reward
+from rlx import world
+from rlx.rewards.pool import Unscored, close, goes_to_workers, pool, unscored
+from rlx.types import Component, ConfigError, Episode, Failed, Reward
+
+told: set[str] = set()  # of which rewards this process has shown a failure
 
 
 def score(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: str) -> None:
     """Fill `rewards` (name -> unweighted total), `paid` (weighted, by turn) and `reward` (weighted total), group by group.
 
-    `where` is the config key that an error names. Raises ConfigError when a reward raises or answers with anything but one
-    number an episode, or one a turn. A nan part makes the total nan: the episode could not be scored.
+    `where` is the config key that an error names. A nan part makes the total nan: the episode could not be scored. So it is
+    where a reward raises, or takes too long, on one episode; the first time this is shown. Raises ConfigError when a reward
+    raises on all episodes, refuses what it is given, or answers with anything but one number an episode, or one a turn.
     """
-    for _, members in itertools.groupby(episodes, key=lambda e: e.group):
-        group = list(members)
-        for episode in group:
-            episode.paid = [0.0] * max(1, len(episode.turns))
-        for reward in rewards:
-            for episode, parts in zip(group, values(reward, group, where), strict=True):
-                episode.rewards[reward.name] = float(sum(np.sum(x) for x in parts))
-                episode.paid = [a + reward.weight * b for a, b in zip(episode.paid, parts, strict=True)]
-        for episode in group:
-            episode.reward = sum(r.weight * episode.rewards[r.name] for r in rewards)
+    groups = [list(members) for _, members in itertools.groupby(episodes, key=lambda e: e.group)]
+    try:  # workers compute while other rewards (a reward model) are asked here
+        sent = {r.name: pool().send(r.call, episodes) for r in rewards if goes_to_workers(r.call)}
+        said = {r.name: [x for group in groups for x in asked(r, group, where)] for r in rewards if r.name not in sent}
+        for name, answers in sent.items():
+            what = f"{where}: reward {name!r}"
+            said[name] = [received(answer, episode, what) for answer, episode in zip(answers, episodes, strict=True)]
+    except BaseException:
+        close()  # what else was sent is not waited for
+        raise
+    for reward in rewards:
+        show(reward, episodes, said[reward.name], where)
+    for episode, *values in zip(episodes, *(said[r.name] for r in rewards), strict=True):
+        episode.paid = [0.0] * max(1, len(episode.turns))
+        for reward, value in zip(rewards, values, strict=True):
+            parts = by_turn(math.nan, episode, "") if isinstance(value, Unscored) else value
+            episode.rewards[reward.name] = float(sum(np.sum(x) for x in parts))
+            episode.paid = [a + reward.weight * b for a, b in zip(episode.paid, parts, strict=True)]
+        episode.reward = sum(r.weight * episode.rewards[r.name] for r in rewards)
 
 
-def values(reward: Component[Reward], group: list[Episode], where: str) -> list[list[Any]]:
-    """What one reward says of one group: for each episode a list, of one part for each turn."""
+def asked(reward: Component[Reward], group: list[Episode], where: str) -> list[Any]:
+    """What one reward pays each turn of each episode of a group; where it raises, why.
+
+    A reward that raises is asked of each episode alone, and of those on which it does not raise once more together. If it
+    raises on none of them alone, or on all others together, the failure is the group's.
+    """
     what = f"{where}: reward {reward.name!r}"
     try:
         out = list(reward.call(group))
-        parts = [by_turn(x, max(1, len(e.turns))) for x, e in zip(out, group, strict=False)]
-    except ConfigError:
+        if len(out) != len(group):
+            raise ConfigError(f"{what} gave {len(out)} numbers for {len(group)} episodes; one each is expected")
+        return [by_turn(value, episode, what) for value, episode in zip(out, group, strict=True)]
+    except (ConfigError, Failed):
         raise
-    except Exception as error:  # the user's own code: whatever it raises is reported with its place
-        raise ConfigError(
-            f"{what} raised {type(error).__name__}: {error} ({_at(error)}on the prompt {_asked(group)})"
-        ) from error
-    if len(out) != len(group):
-        raise ConfigError(f"{what} gave {len(out)} numbers for {len(group)} episodes; one each is expected")
-    for given, episode in zip(parts, group, strict=True):
-        if len(given) != max(1, len(episode.turns)):
-            raise ConfigError(f"{what} gave {len(given)} numbers for an episode of {len(episode.turns)} turns")
-        if any(np.isinf(x).any() for x in given):
-            bad = next(float(y) for x in given for y in np.ravel(x) if np.isinf(y))
-            raise ConfigError(f"{what} gave {bad}; a finite number, or nan for 'could not be scored', is expected")
+    except Exception as error:
+        failures: list[Any] = [unscored(error)] * len(group)
+        if len(group) == 1:
+            return failures
+        alone = [asked(reward, [episode], where)[0] for episode in group]
+        rest = [episode for episode, x in zip(group, alone, strict=True) if not isinstance(x, Unscored)]
+        if len(rest) == len(group):
+            return failures
+        others = iter(asked(reward, rest, where) if rest else [])
+        return [x if isinstance(x, Unscored) else next(others) for x in alone]
+
+
+def received(answer: Future[Any], episode: Episode, what: str) -> Any:
+    """What a worker says of an episode, or why nothing."""
+    try:
+        return by_turn(answer.result(), episode, what)
+    except Unscored as failure:
+        return failure
+    finally:
+        world.progress()
+
+
+def show(reward: Component[Reward], episodes: list[Episode], said: list[Any], where: str) -> None:
+    """Print a reward's first failure. Raises ConfigError where it raised on every episode: the mistake is no episode's."""
+    failures = [(x, episode) for x, episode in zip(said, episodes, strict=True) if isinstance(x, Unscored)]
+    if not failures:
+        return
+    failure, episode = next((pair for pair in failures if pair[0].trace), failures[0])
+    place = f"{failure.line}, " if failure.line else ""
+    what = f"{where}: reward {reward.name!r} {failure.reason} ({place}on the prompt {prompt(episode)})"
+    if all(isinstance(x, Unscored) and x.trace for x in said):
+        raise ConfigError(what) from failure
+    if reward.name not in told:
+        told.add(reward.name)
+        print(f"! {what}; such episodes are left out, and counted as reward/failures\n{failure.trace}", end="", flush=True)
+
+
+def by_turn(value: Any, episode: Episode, what: str) -> list[Any]:
+    """One part for each turn: a number for the whole episode is earned by its last turn. Raises ConfigError."""
+    turns = max(1, len(episode.turns))
+    if not isinstance(value, list | tuple):
+        value = [0.0] * (turns - 1) + [value]
+    parts = [x.astype(np.float32) if isinstance(x, np.ndarray) and x.ndim else float(x) for x in value]
+    if len(parts) != turns:
+        raise ConfigError(f"{what} gave {len(parts)} numbers for an episode of {turns} turns")
+    if infinite := [float(y) for x in parts for y in np.ravel(x) if np.isinf(y)]:
+        raise ConfigError(f"{what} gave {infinite[0]}; a finite number, or nan for 'could not be scored', is expected")
     return parts
 
 
-def by_turn(value: Any, turns: int) -> list[Any]:
-    """One part for each turn: a number for the whole episode is earned by its last turn."""
-    if isinstance(value, list | tuple):
-        return [x.astype(np.float32) if isinstance(x, np.ndarray) and x.ndim else float(x) for x in value]
-    return [0.0] * (turns - 1) + [float(value)]
-
-
-def _at(error: Exception) -> str:
-    """The line of the reward's own file where it raised, also where the error comes from a library that it calls."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call above
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f"{Path(own[-1].filename).name} line {own[-1].lineno}, " if own else ""
-
-
-def _asked(group: list[Episode]) -> str:
-    """The last message of a group's prompt, on one line and shortened."""
-    text = "".join(message.text for message in group[0].task.prompt[-1:])
+def prompt(episode: Episode) -> str:
+    """The last message of an episode's prompt, on one line and shortened."""
+    text = "".join(message.text for message in episode.task.prompt[-1:])
     return repr(text if len(text) <= 60 else text[:60] + "...")

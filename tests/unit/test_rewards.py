@@ -2,14 +2,13 @@
 
 import importlib
 import math
-import threading
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlx.rewards import latex, rules
+from rlx.rewards import rules
 from rlx.rewards.env import env
 from rlx.rewards.score import score
 from rlx.types import Component, ConfigError, DataError, Episode, Message, Status, Task, Turn
@@ -44,37 +43,17 @@ def test_a_task_without_answer_is_an_error(answer):
 
 
 def test_math_verify_survives_a_tower_of_powers():
-    """The tower is nan or wrong within its second, and the samples before and after it are scored."""
+    """The tower is nan or wrong within its time, and the samples before and after it are scored."""
     golds_and_texts = [(r"\frac{1}{2}", "0.5"), ("5", r"\boxed{9^{9^{9^{9}}}}"), ("x+1", r"\boxed{1+x}"), ("5", "6")]
     group = [episode(text, answer=gold) for gold, text in golds_and_texts]
-    half, tower, algebra, wrong = rules.answer_match(group, method="math_verify", timeout=1.0)
+    score(group, [Component("answer_match", partial(rules.answer_match, method="math_verify", timeout=3.0))], "x")
+    half, tower, algebra, wrong = (e.reward for e in group)
     assert (half, algebra, wrong) == (1.0, 1.0, 0.0)
     assert math.isnan(tower) or tower == 0.0
 
 
 def test_exact_asks_no_parser():
     assert rules.answer_match([episode("0.5", answer=r"\frac{1}{2}")]) == [0.0]
-
-
-def test_a_dead_worker_is_replaced_and_threads_may_ask():
-    assert latex.same_math("x+1", "1+x", timeout=30.0) is True
-    assert latex._worker is not None
-    latex._worker.kill()
-    latex._worker.wait()
-    seen: list[bool | None] = []
-    thread = threading.Thread(target=lambda: seen.append(latex.same_math(r"\sqrt{8}", r"2\sqrt{2}", timeout=30.0)))
-    thread.start()
-    thread.join()
-    assert seen == [True]
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_the_worker_sees_no_environment(monkeypatch):
-    monkeypatch.setenv("RLX_TEST_SECRET", "s3cret")
-    latex._stop()
-    assert latex.same_math("1", "2", timeout=30.0) is False
-    assert latex._worker is not None
-    assert b"s3cret" not in Path(f"/proc/{latex._worker.pid}/environ").read_bytes()
 
 
 # --------------------------------------------------------------------------- format
@@ -139,11 +118,46 @@ def test_a_reward_that_raises_is_named_with_its_line_and_the_prompt(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     reward = Component("score", importlib.import_module("a_reward").score)
     with pytest.raises(ConfigError) as caught:
-        score([episode("5"), episode("five")], [reward], "stages.rl.reward")
+        score([episode("five"), episode("six")], [reward], "stages.rl.reward")
     assert str(caught.value) == (
         "stages.rl.reward: reward 'score' raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
         "(a_reward.py line 9, on the prompt '2+3=')"
     )
+
+
+def dearer(episodes):
+    """1 for each other episode of the group with fewer tokens; it fails on an episode without one."""
+    return [sum(1 / e.num_tokens > 1 / other.num_tokens for other in episodes) for e in episodes]
+
+
+def test_what_a_reward_raises_on_one_episode_is_that_episode_s_alone(capsys):
+    """The others are paid as if it were not there, also by a reward that compares them; it is shown once."""
+    for _ in range(2):
+        group = lengths(3, 0, 1, 2)
+        score(group, [Component("dearer", dearer), Component("length", rules.length)], "stages.rl.reward")
+        assert [e.rewards["dearer"] for e in group] == [0.0, pytest.approx(math.nan, nan_ok=True), 2.0, 1.0]
+        assert [math.isnan(e.reward) for e in group] == [False, True, False, False]
+        assert math.isnan(group[1].paid[0])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "! stages.rl.reward: reward 'dearer' raised ZeroDivisionError: division by zero (test_rewards.py line "
+    )
+    assert first.endswith(", on the prompt '2+3='); such episodes are left out, and counted as reward/failures")
+    assert last == "ZeroDivisionError: division by zero"
+
+
+def pairwise(episodes):
+    """It compares two, and has no answer for more."""
+    return [len(x.completion) // (len(episodes) < 3) for x in episodes]
+
+
+def test_what_a_reward_raises_on_a_group_is_that_group_s(capsys):
+    groups = [episode("1"), episode("22"), *(episode(text) for text in ("1", "22", "333"))]
+    for e in groups[2:]:
+        e.group = 1
+    score(groups, [Component("pairwise", pairwise)], "x")
+    assert [math.isnan(e.reward) for e in groups] == [False, False, True, True, True]
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 2
 
 
 def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():

@@ -56,7 +56,7 @@ def edit(file: Path, text: str = "# touched\n") -> None:
         "stages/context.py",
         "optim.py",  # `from rlx import optim`
         "rollout/native.py",  # imported inside a function
-        "rewards/latex_worker.py",  # run as a script
+        "rewards/latex.py",  # imported by a worker process
         "losses/__init__.py",  # runs with every module of its package
         "__init__.py",
     ],
