@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rlx.build import model_offers
-from rlx.learner import count, mask_of, reduced
 from rlx.marks import marked
 from rlx.plan import Plan
 from rlx.stages.fields import reads
 from rlx.stages.models import ModelSpec, offers
 from rlx.stages.prepare import credit
+from rlx.terms import count, mask_of, reduced
 from rlx.types import FIELDS, HEADS, Batch, ConfigError
 
 GROUPS, SIZE, LENGTH, TURNS = 3, 4, 6, 3

@@ -15,7 +15,6 @@ import torch
 
 from rlx import memory, probes
 from rlx.launch import launch_of, num_ranks
-from rlx.learner import mask_of, reduced, step_counts, units
 from rlx.memory import Sizes
 from rlx.models.language import LanguageModel
 from rlx.models.load import outline, pretrained, shrunken
@@ -34,7 +33,9 @@ from rlx.stages.prepare import columns as add_columns
 from rlx.stages.prepare import credit, fill
 from rlx.stages.rows import Shuffled, tokenized, with_columns
 from rlx.stages.summary import average
+from rlx.terms import mask_of, reduced, step_counts
 from rlx.types import Component, ConfigError, DataError, Episode, Model, ModelRef, Play, Sampling
+from rlx.units import units
 
 ROWS = 4  # rows of a fit, or prompts of an online stage, that go through the model
 NEW_TOKENS = 64  # the longest rollout

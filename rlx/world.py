@@ -1,7 +1,7 @@
 """The processes of a run: which of them this is, and what they tell each other. One process alone answers itself at once.
 
 Each rank has all episodes, fields and weights that are not in training, so that only three things are divided: playing
-(`rlx/stages/played.py`), forwards without gradient and forwards with it (`rlx/learner.py`).
+(`rlx/stages/played.py`), forwards without gradient (`rlx/units.py`) and forwards with it (`rlx/learner.py`).
 """
 
 from __future__ import annotations

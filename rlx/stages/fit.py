@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
-from rlx.learner import Update
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
@@ -17,6 +16,7 @@ from rlx.stages.prepare import columns, credit, fill
 from rlx.stages.rows import Shuffled, tokenized, with_columns
 from rlx.stages.state import changing
 from rlx.stages.summary import spent
+from rlx.terms import Update
 from rlx.types import (
     Component,
     DataRef,

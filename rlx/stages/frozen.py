@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from rlx import world
-from rlx.learner import computed
 from rlx.models.language import LanguageModel
 from rlx.stages.models import ModelSpec, prefix
 from rlx.types import Batch, Floats, Policy, Tokens
+from rlx.units import computed
 
 FORMAT = 1  # another where what is written, or what a forward computes, is no longer the same
 MOST = 4 * 2**30  # bytes of a cache: when they are reached, no more is written

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rlx.learner import computed
 from rlx.stages.models import prefix
 from rlx.stages.rows import numbers
 from rlx.tensors import by_turn, seq_sum
 from rlx.types import Advantage, Batch, Component, Derive, Episode, Policy
+from rlx.units import computed
 
 
 def fill(

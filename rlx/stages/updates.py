@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlx.learner import Learner, MakeLearner, Update
+from rlx.learner import Learner, MakeLearner
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
 from rlx.stages.fields import reads
 from rlx.stages.models import ModelSpec, follow
 from rlx.stages.prepare import columns, corrections, credit, fill
+from rlx.terms import Update
 from rlx.types import (
     Advantage,
     Batch,

@@ -13,10 +13,10 @@ from torch import Tensor
 from benchmark import rlx_side, trl_side
 from benchmark.prepare import prepare
 from benchmark.workloads import Setting, Workload
-from rlx.learner import computed
 from rlx.rollout.samplers import answer
 from rlx.track import NoTracker
 from rlx.types import Component, Episode, Message, Play, Turn
+from rlx.units import computed
 
 SAME = (("bf16", False), ("gradient_checkpointing", False))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlx import reduce, world
 from rlx.encoding import decode, encode
 from rlx.launch import Launch
-from rlx.learner import Learner, MakeLearner, TorchLearner, Update, computed
+from rlx.learner import Learner, MakeLearner, TorchLearner
 from rlx.llm.openai import part_of
 from rlx.marks import stateful, vanishes_with, whole_batch
 from rlx.models.nets import NetPolicy, mlp
@@ -22,7 +22,9 @@ from rlx.optim import adamw
 from rlx.stages.spread import led
 from rlx.stages.state import Generators
 from rlx.tensors import inside
+from rlx.terms import Update
 from rlx.types import Component, ConfigError, Episode, Image, Message, Status, Task, Turn
+from rlx.units import computed
 
 DRAW = np.random.default_rng(0)
 # Groups of unequal size and length; in the second batch one sequence alone, so that a rank has nothing.

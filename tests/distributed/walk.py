@@ -16,8 +16,10 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from catalogued import WHOLE, Result, alone, batch_of, cases, policy
 
 from rlx import world
-from rlx.learner import TorchLearner, Update, gradient, own_units
+from rlx.learner import TorchLearner, gradient
+from rlx.terms import Update
 from rlx.types import Batch, Component
+from rlx.units import own_units
 
 
 def walked(learner: Any, budget: int) -> dict[str, list[tuple[Result, list[int]]]]:
@@ -36,7 +38,7 @@ def walked(learner: Any, budget: int) -> dict[str, list[tuple[Result, list[int]]
 def tokens(update: Update, batch: Batch) -> list[int]:
     """How many tokens each rank trains on in a step."""
     own = own_units(policy(), batch, update.token_budget, whole_groups=update.whole_groups)
-    return world.gathered(sum(int(unit["mask"].sum()) for unit, share in own if share))
+    return world.gathered(sum(int(unit["mask"].sum()) for unit, repeated in own if not repeated))
 
 
 def seeing(learner: type[TorchLearner], gradient_of: Any) -> Any:

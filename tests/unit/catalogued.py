@@ -21,9 +21,9 @@ from torch import Tensor
 
 from rlx.build import Binder, signature
 from rlx.catalogue import CATALOGUE
-from rlx.learner import Update
 from rlx.marks import marked
 from rlx.models.language import LanguageModel
+from rlx.terms import Update
 from rlx.types import FIELDS, Batch, Component, Episode, Message, Status, Task, Turn
 
 # The heads that losses read, and what each of them looks at (HEADS in rlx/types.py).

@@ -12,11 +12,12 @@ from test_learner import REDUCTIONS, model, sgd, weights
 from torch import Tensor
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, reduced, step_counts
+from rlx.learner import NonFinite, TorchLearner
 from rlx.marks import stateful, whole_batch
 from rlx.models.language import LanguageModel
 from rlx.optim import adamw
 from rlx.tensors import inside, seq_sum
+from rlx.terms import Update, reduced, step_counts
 from rlx.types import Batch, Component, ConfigError, Counts
 
 TOKEN_MEAN = REDUCTIONS["token_mean"]

@@ -17,11 +17,13 @@ from catalogued import WHOLE, Case, Result, batch_of, cases, check, policy
 from torch import Tensor
 
 from rlx.catalogue import CATALOGUE
-from rlx.learner import TorchLearner, count, gradient, units
+from rlx.learner import TorchLearner, gradient
 from rlx.models.language import LanguageModel
 from rlx.optim import adamw
 from rlx.tensors import inside
+from rlx.terms import count
 from rlx.types import Batch, Component, Counts, Reduce
+from rlx.units import units
 
 
 class Seen(TorchLearner):

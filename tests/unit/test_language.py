@@ -11,11 +11,11 @@ import torch
 from architectures import CONFIGS, episode, model, random_episodes
 from torch import Tensor
 
-from rlx.learner import computed, units
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
 from rlx.models.padded import token_fields
 from rlx.types import Batch
+from rlx.units import computed, units
 
 
 @pytest.fixture(scope="module")

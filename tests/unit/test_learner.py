@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx import reduce
-from rlx.learner import NonFinite, TorchLearner, Update, counted, dealt, own_units, stop_gradient
+from rlx.learner import NonFinite, TorchLearner
 from rlx.losses import likelihood, policy, watch
 from rlx.marks import whole_batch
 from rlx.models.language import LanguageModel
@@ -23,7 +23,9 @@ from rlx.models.load import tiny
 from rlx.optim import adamw, factor
 from rlx.rollout.native import generate
 from rlx.rollout.noise import key
+from rlx.terms import Update
 from rlx.types import Batch, Component, ConfigError, Episode, Sampling, Task, View
+from rlx.units import counted, dealt, own_units, stop_gradient
 
 NLL = Component("nll", likelihood.nll, ("logp", "mask"))
 PG = Component("policy_gradient", policy.policy_gradient, ("logp", "adv", "mask"))
@@ -373,7 +375,7 @@ def test_a_unit_that_is_gone_through_once_more_adds_nothing_whatever_its_loss_is
     (fields["logp"] / 0.0).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [0.0, 0.0]
-    assert counted(torch.tensor([float("inf"), float("nan")]), 0.0).tolist() == [0.0, 0.0]
+    assert counted(torch.tensor([float("inf"), float("nan")]), True).tolist() == [0.0, 0.0]
 
 
 def test_halved_units_are_halved_in_forwards_without_gradient_too() -> None:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlx import reduce
-from rlx.learner import TorchLearner, Update
+from rlx.learner import TorchLearner
 from rlx.losses import likelihood
 from rlx.models.language import LanguageModel
 from rlx.models.load import pretrained, tiny
 from rlx.optim import adamw
+from rlx.terms import Update
 from rlx.types import Component, ConfigError, Message
 
 SIZES = {"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}

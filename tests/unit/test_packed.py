@@ -14,7 +14,6 @@ from architectures import episode as told
 from torch import Tensor, nn
 
 from rlx import memory
-from rlx.learner import computed, units
 from rlx.models import layout, packed, padded
 from rlx.models.attention import NAME
 from rlx.models.language import LanguageModel
@@ -23,6 +22,7 @@ from rlx.models.load import finish, read, tiny, tiny_t5
 from rlx.models.packed import packable
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.types import Batch, Episode
+from rlx.units import computed, units
 
 PACKED = ["qwen2", "qwen3", "llama", "gpt2"]
 WHERE = {"value": "token", "score": "last", "v": "before_turn", "q": "after_turn"}

@@ -13,12 +13,13 @@ from catalogued import Case, batch_of, cases, policy
 from test_learner import ENTROPY, NLL, PG, REDUCTIONS, model, sgd, weights
 from torch import Tensor
 
-from rlx.learner import TorchLearner, Update, mask_of
+from rlx.learner import TorchLearner
 from rlx.losses import policy as losses
 from rlx.losses import watch
 from rlx.marks import marked, stateful, vanishes_with
 from rlx.models.language import LanguageModel
 from rlx.optim import adamw
+from rlx.terms import Update, mask_of
 from rlx.types import Batch, Component
 
 CLIPPED = Component("clipped", losses.clipped_surrogate, ("logp", "old_logp", "adv", "mask"))

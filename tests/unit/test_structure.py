@@ -45,6 +45,7 @@ rollout
 llm
 methods
 optim
+terms units
 learner
 partitions
 zero

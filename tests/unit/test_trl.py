@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rlx.data.formats import episodes
-from rlx.learner import Update, count, reduced, total
 from rlx.losses.preference import bradley_terry, dpo
 from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
 from rlx.reduce import token_mean
+from rlx.terms import Update, count, reduced, total
 from rlx.types import Batch, Component
 
 trl = pytest.importorskip("trl", reason="TRL is not installed; it is in the extra `dev`")
