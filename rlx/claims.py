@@ -33,9 +33,9 @@ class Check:
     `less`: another metric of the same run, taken off on both sides: what noise costs is `metric: test/x, less: noisy/x`.
 
     `at`: first or last value of the curve, its best, its mean, the mean over its first (head) or last (tail) tenth, tail minus
-    head (growth), or the step at which it first is as good as a level (reach@0.8). `minus_metric` and `minus_at` default to
-    `metric` and `at`. Without `minus` the value itself is held against the bound. "At most half of the control's" is
-    `times: 0.5, max: 0`.
+    head (growth), or the step at which it first is as good as a level (reach@0.8; infinite where it never is). `minus_metric`
+    and `minus_at` default to `metric` and `at`. Without `minus` the value itself is held against the bound. "At most half of
+    the control's" is `times: 0.5, max: 0`.
     """
 
     metric: str
@@ -189,13 +189,13 @@ def gap(run: Run, metric: str, less: str | None, at: str) -> float:
 
 
 def reached(run: Run, metric: str, level: float) -> float:
-    """The step at which a curve first is as good as `level`; its last step where it never is: it takes at least so long."""
+    """The step at which a curve first is as good as `level`; infinite where it never is, nan where there is no curve."""
     stage, _, key = metric.partition("/")
     sign = -1.0 if lower_is_better(metric) else 1.0
     for steps, curve in (series(log, key) for log in run.stages if log.name == stage):
         return next(
             (step for step, value in zip(steps, curve, strict=True) if sign * value >= sign * level),
-            max(steps, default=math.nan),
+            math.inf if steps else math.nan,
         )
     return math.nan
 
@@ -218,8 +218,9 @@ class Outcome:
 
     @property
     def in_the_mean(self) -> bool:
-        """The bound holds for the mean over seeds."""
-        return holds(self.mean, self.check.min, self.check.max)
+        """The bound holds for the mean over seeds; on each seed, where one is infinite and would decide for the others."""
+        decide = self.values if any(map(math.isinf, self.values)) else [self.mean]
+        return all(holds(v, self.check.min, self.check.max) for v in decide)
 
     @property
     def on_each_seed(self) -> bool:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlx.claims import METHOD, settings_hash, value_at
@@ -29,11 +30,18 @@ def record(result: Result, config: Mapping[str, Any], out: Path, *, command: lis
     data = {
         "verdict": result.verdict,
         "seeds": result.seeds,
-        "checks": [{"check": str(o.check), "values": o.values, "mean": o.mean} for o in result.outcomes],
+        "checks": [
+            {"check": str(o.check), "values": [finite(v) for v in o.values], "mean": finite(o.mean)} for o in result.outcomes
+        ],
         "tuned": result.tuned,
         "curves": curve_data(result.runs, result.claim.metrics),
     }
     return write_result(out, slug, "\n".join(sections) + "\n", data), summary
+
+
+def finite(value: float) -> float | str:
+    """A number as JSON has it: nan and inf are text."""
+    return value if math.isfinite(value) else str(value)
 
 
 def stages(result: Result, metric: str) -> list[Any]:
@@ -77,8 +85,10 @@ def checks(result: Result) -> list[str]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval; nan where a value is missing."""
-    return (math.nan, math.nan) if any(map(math.isnan, values)) else mean_interval(values)
+    """Mean and half-width of the 95 % interval; nan where a value is missing, and no width where one is infinite."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan
+    return (fmean(values), math.nan) if any(map(math.isinf, values)) else mean_interval(values)
 
 
 def arms(result: Result) -> list[str]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlx.types import Ids
@@ -76,11 +75,19 @@ class Layout:
         found = []
         for call, q, k, v in zip(self.calls, queries, keys, values, strict=True):
             q, k, v = q.view(call.rows, call.width, *q.shape[1:]).transpose(1, 2), call.keys(k), call.keys(v)
-            bias = causal_lower_right(q.shape[2], k.shape[2]) if call.prefix else None
+            bias = after_prefix(q.shape[2], k.shape[2]) if call.prefix else None
             causal = bias is None
             out = scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=True)
             found.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(found).index_select(0, self.back)
+
+
+def after_prefix(width: int, seen: int) -> Tensor:
+    """The causal mask (width, seen) of rows whose first id already sees a prefix of `seen - width`, never built."""
+    from torch.nn.attention.bias import causal_lower_right  # here, because it brings the whole compiler: a second or two
+
+    bias: Tensor = causal_lower_right(width, seen)
+    return bias
 
 
 @dataclass(frozen=True)

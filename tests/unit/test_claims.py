@@ -148,7 +148,7 @@ def test_the_step_at_which_a_curve_first_is_as_good_as_a_level():
     steps = [row["step"] for row in run.stages[0].metrics]
     assert value_at(run, "rl/reward", "reach@0.5") == steps[1]
     assert value_at(run, "rl/reward", "reach@0.8") == steps[3]
-    assert value_at(run, "rl/reward", "reach@1") == steps[3]  # never: at least as long as it ran
+    assert value_at(run, "rl/reward", "reach@1") == math.inf
     assert value_at(curve(0.9, 0.5, 0.4, metric="loss"), "rl/loss", "reach@0.5") == steps[1]  # less is better
 
 
@@ -232,6 +232,8 @@ def longer(log, length):
         ((-0.5, 0.1, -0.5), {"minus": "a", "times": 1.5, "max": 0.0}, True, True),  # within 1.5 times: a little more is fine
         ((0.5, -0.1, 0.5), {"minus": "a", "times": 1.5, "min": 0.0}, True, False),
         ((0.5, -0.1, 0.5), {"minus": "a", "times": 0.5, "min": 0.0}, True, True),  # at least half of it
+        ((-math.inf, -1.0, -1.0), {"minus": "a", "max": 0.0}, True, True),  # the control never gets there on one seed
+        ((-math.inf, 1.0, -1.0), {"minus": "a", "max": 0.0}, False, False),  # which does not decide for the others
         ((-1.0, 5.0, 5.0), {"min": 0.0}, True, True),  # not a difference: the mean decides
         ((0.0, 1.0, 1.0), {"min": 0.5, "max": 0.6}, False, True),
     ],
