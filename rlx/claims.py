@@ -202,7 +202,8 @@ def reached(run: Run, metric: str, level: float) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check over seeds, in the order of the seeds: `values` are held against the bound, their mean decides.
+    """One check over seeds, in the order of the seeds: `values` are held against the bound, their mean decides (each of them,
+    where one is infinite).
 
     `paired` are the plain differences between the two arms (empty without `minus`).
     """
@@ -214,7 +215,7 @@ class Outcome:
     @property
     def mean(self) -> float:
         """Mean over seeds."""
-        return fmean(self.values)
+        return average(self.values)
 
     @property
     def in_the_mean(self) -> bool:
@@ -247,18 +248,30 @@ def outcomes(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Sequence[
                 continue
             metric, at = check.minus_metric or check.metric, check.minus_at or check.at
             other = gap(runs[check.minus, seed], metric, check.less, at)
-            values.append(value - check.times * other)
-            paired.append(value - other)
+            values.append(beyond(value, check.times * other, check))
+            paired.append(beyond(value, other, check))
         out.append(Outcome(check, values, paired))
     return out
 
 
+def beyond(value: float, other: float, check: Check) -> float:
+    """value - other; where both are infinite, because neither arm gets there, the infinity that is outside the bound."""
+    neither = math.isinf(value) and math.isinf(other)
+    return (math.inf if check.max is not None else -math.inf) if neither else value - other
+
+
+def average(values: Sequence[float]) -> float:
+    """The mean; an infinity where there is one, nan where there are both."""
+    return fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+
+
 def verdict(found: Sequence[Outcome]) -> Verdict:
-    """Reproduced: every bound holds in the mean and every paired difference has its sign on each seed.
+    """Reproduced: every bound holds in the mean (on each seed, where a value is infinite), and every paired difference has its
+    sign on each seed.
 
     Not reproduced: a bound fails in the mean. Inconclusive: the rest, and where a value could not be had (nan).
     """
-    if any(math.isnan(o.mean) for o in found):
+    if any(math.isnan(v) for o in found for v in o.values):
         return "inconclusive"
     if not all(o.in_the_mean for o in found):
         return "not reproduced"

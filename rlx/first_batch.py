@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
         answer=answer,
         budget=stage.token_budget,
         packs=model.packs,
+        together=max(Counter(row.group for row in first).values()) if "group" in reads(stage.loss, stage.watch) else 1,
     )
     yield from ranks(models, real, reference)
 
@@ -196,6 +198,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         budget=stage.token_budget,
         packs=speaks and model.packs,
         decoded=min(episodes, Sampling(limit).rows),
+        together=stage.group_size if any("group" in reads(u.loss, u.watch) for u in stage.all_updates().values()) else 1,
     )
     yield from ranks(models, real, reference)
 

@@ -149,21 +149,22 @@ def estimate(
     budget: int,
     packs: bool = False,
     decoded: int = 0,
+    together: int = 1,
 ) -> list[str]:
     """The largest batch of an optimiser step in units, and the memory of training on it, in words.
 
-    `rows` sequences of `prompt` + `answer` tokens, all as long as the longest; `decoded` of them are sampled at a time.
-    Where the model `packs`, a unit has as many tokens as the budget, or one longer row, and logits exist for some positions
-    at a time. Rollouts and training take turns, so the peak is what stays and the larger of the two. Evaluations are not
-    counted.
+    `rows` sequences of `prompt` + `answer` tokens, all as long as the longest; `decoded` of them are sampled at a time, and
+    as many as `together` stay in one unit, whatever the budget. Where the model `packs`, a unit has as many tokens as the
+    budget, or as what stays in one has, and logits exist for some positions at a time. Rollouts and training take turns, so
+    the peak is what stays and the larger of the two. Evaluations are not counted.
     """
     longest, stays = prompt + answer, states(real, reference)
     if packs:
-        unit = min(rows * longest, max(budget, longest))
+        unit = min(rows * longest, max(budget, together * longest))
         scored = min(unit, rows * answer, max(1, LARGEST // real.vocabulary))
         split = f"in packed units of at most {many(unit, 'token')}"
     else:
-        each = min(rows, max(1, budget // longest))
+        each = min(rows, max(together, budget // longest))
         unit, scored = each * longest, each * answer
         split = f"= {many(math.ceil(rows / each), 'unit')} of at most {many(each, 'row')}"
     heads, layers = logits(real, scored), activations(real, unit)

@@ -6,10 +6,9 @@ import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from rlx.claims import METHOD, settings_hash, value_at
+from rlx.claims import METHOD, average, settings_hash, value_at
 from rlx.report.result import curve_data, curves, write_result
 from rlx.report.tables import mean_interval
 from rlx.reproduce import Result, spent
@@ -70,7 +69,7 @@ def checks(result: Result) -> list[str]:
         mean, half = interval(o.values)
         holds = (
             "no value"
-            if math.isnan(mean)
+            if any(map(math.isnan, o.values))
             else "yes"
             if o.in_the_mean and o.on_each_seed
             else "in the mean only"
@@ -86,9 +85,7 @@ def checks(result: Result) -> list[str]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % interval; nan where a value is missing, and no width where one is infinite."""
-    if any(map(math.isnan, values)):
-        return math.nan, math.nan
-    return (fmean(values), math.nan) if any(map(math.isinf, values)) else mean_interval(values)
+    return mean_interval(values) if all(map(math.isfinite, values)) else (average(values), math.nan)
 
 
 def arms(result: Result) -> list[str]:

@@ -1,8 +1,8 @@
 """Costly rewards in worker processes: one episode at a time, with a hard time limit, each answer worked out once.
 
 A worker gets a reward and an episode, and sends back numbers. It is started when it is first needed, imports what the reward
-needs (no torch), and has limits on memory and files and no environment; what it is given to run is a function that the recipe
-names, never data. This bounds time and memory; it does not contain hostile code.
+needs (no torch), and has limits on memory and files and next to no environment; what it is given to run is a function that the
+recipe names, never data. This bounds time and memory; it does not contain hostile code.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from rlx.types import ConfigError, Episode, Turn
+from rlx.types import ConfigError, Episode, Failed, Message, Turn
 
 SECONDS = 10.0  # for one episode, where the reward has no `timeout`
 START_SECONDS = 60.0  # for imports: math_verify takes one or two seconds, more on a cold disk
 WORKERS = 8  # at most, in one process of a run
 MEMORY = 4 * 2**30  # bytes of address space of a worker
 KNOWN = 2**14  # answers that are kept
-BEGUN = b"begun"
+READY, BEGUN = b"ready", b"begun"
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -62,7 +63,7 @@ def pooled(before: Callable[[], object] | None = None, **when: Any) -> Callable[
 
     It must be a pure function of each episode alone: of the task, of what was said and replied, of token ids and status; it
     is given nothing else. Its setting `timeout`, if it has one, is the limit in seconds of wall clock for an episode.
-    `before` imports what it needs, outside that time.
+    `before` imports what it needs, outside that time; it is called before each episode.
     """
 
     def mark(call: Call) -> Call:
@@ -90,10 +91,17 @@ def settings(call: Any) -> dict[str, Any]:
 
 
 def bare(episode: Episode) -> Episode:
-    """What a worker is given of an episode: equal prompts and completions are equal."""
+    """What a worker is given of an episode, without images: equal prompts and completions are equal."""
     none = np.zeros(0, np.float32)
-    turns = [Turn(turn.seen, turn.did, none, turn.said, turn.replies, agent=turn.agent) for turn in episode.turns]
-    return Episode(episode.task, episode.group, turns, episode.status, agent=episode.agent)
+    turns = [Turn(turn.seen, turn.did, none, turn.said, texts(turn.replies), agent=turn.agent) for turn in episode.turns]
+    return Episode(
+        replace(episode.task, prompt=texts(episode.task.prompt)), episode.group, turns, episode.status, agent=episode.agent
+    )
+
+
+def texts(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Messages without their images, which are large and which no pooled reward reads."""
+    return tuple(Message(message.role, message.text) for message in messages)
 
 
 # --------------------------------------------------------------------------- this process
@@ -107,6 +115,7 @@ class Pool:
         self.workers: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.closed = False
+        self.begun = False  # whether a worker has ever started
 
     def send(self, call: Any, episodes: Sequence[Episode]) -> list[Future[Any]]:
         """For each episode what a marked reward will answer: a number, or one for each turn.
@@ -140,13 +149,16 @@ class Pool:
                 if said not in (b"", BEGUN):
                     return read(json.loads(said))
                 self.end(worker, line)
-                raise Unscored(f"gave no answer within {limit:g} s" if said else f"did not start in {START_SECONDS:g} s")
+                late = (
+                    f"gave no answer within {limit:g} s" if said else f"had not imported in {START_SECONDS:g} s what it needs"
+                )
+                raise Unscored(late)
             except (OSError, EOFError):
                 self.end(worker, line)
         raise Unscored("broke its worker process, twice")
 
     def start(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        """A new worker of this thread. Raises Unscored where the pool is closed."""
+        """A new worker of this thread. Raises ConfigError where it does not start, Unscored where others have."""
         ours, theirs = Pipe()
         with self.lock, theirs:
             if self.closed:
@@ -155,10 +167,11 @@ class Pool:
                 [sys.executable, "-P", "-B", "-c", f"from rlx.rewards.pool import serve; serve({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,  # until it has started
                 cwd="/",
                 env={
-                    "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
+                    **{key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ},
+                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
                     "OMP_NUM_THREADS": "1",
                     "OPENBLAS_NUM_THREADS": "1",
                 },
@@ -166,6 +179,18 @@ class Pool:
                 start_new_session=True,  # Ctrl-C is for this process
             )
             self.workers.add(worker)
+        try:
+            started = ours.poll(START_SECONDS) and ours.recv_bytes() == READY
+        except (OSError, EOFError):
+            started = False
+        if not started:
+            self.end(worker, ours)
+            said = worker.stderr.read().decode(errors="replace").strip() if worker.stderr else ""
+            why = f"a worker process for rewards does not start: {said.splitlines()[-1] if said else 'it says nothing'}"
+            raise Unscored(why, trace=said) if self.begun or self.closed else ConfigError(why)
+        if worker.stderr:
+            worker.stderr.close()
+        self.begun = True
         self.own.worker = worker, ours
         return worker, ours
 
@@ -192,6 +217,8 @@ def read(reply: dict[str, Any]) -> Any:
     """A worker's reply."""
     if "refused" in reply:
         raise ConfigError(reply["refused"])
+    if "failed" in reply:
+        raise Failed(*reply["failed"])
     if "unscored" in reply:
         raise Unscored(*reply["unscored"])
     return reply["value"]
@@ -218,10 +245,13 @@ os.register_at_fork(after_in_child=pool.cache_clear)  # the workers belong to th
 # --------------------------------------------------------------------------- a worker
 def serve(fd: int) -> None:
     """Answer each request until the other end of the pipe closes."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
     with contextlib.suppress(OSError, ValueError):  # not every system can limit memory
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     with Connection(fd) as line, contextlib.suppress(EOFError, OSError):
+        line.send_bytes(READY)
         while True:
             line.send_bytes(json.dumps(worked_out(line.recv_bytes(), line)).encode())
 
@@ -240,6 +270,8 @@ def worked_out(request: bytes, line: Connection) -> dict[str, Any]:
         return {"value": [float(x) for x in value] if isinstance(value, list | tuple) else float(value)}
     except ConfigError as error:
         return {"refused": str(error)}
+    except Failed as error:
+        return {"failed": [str(error), error.status]}
     except Exception as error:  # whatever a reward raises is this episode's alone
         found = unscored(error)
         return {"unscored": [found.reason, found.line, found.trace]}

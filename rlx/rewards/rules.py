@@ -2,6 +2,7 @@ r"""Rewards that need no model: is the answer right, is the form right, is it to
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Literal
 
@@ -20,6 +21,7 @@ def verifier(episodes: list[Episode]) -> list[float]:
     raise ConfigError("the recipe has no task, so it has no verifier")
 
 
+@functools.cache
 def math_verify() -> None:
     """Import what compares formulas, with what it loads when it is first used."""
     from rlx.rewards.latex import same_math

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlx import world
 from rlx.metrics import wilson
-from rlx.rewards.score import score
+from rlx.rewards.score import pay, show
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
 from rlx.stages.drawing import drawing, drawing_problems
@@ -82,16 +82,24 @@ def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, fl
         with world.phase("evaluation"):
             one = partial(scored, settings, ctx, play, num[kind])
             episodes = spread(rows, one, together=together(settings.sampler))
+        show(episodes, *verified(settings, ctx))
         groups[kind] = [episodes[i : i + num[kind]] for i in range(0, len(episodes), num[kind])]
     values = {m.name: float(m.call(groups[m.reads[0]])) for m in settings.metrics}
+    if failures := sum(math.isnan(e.reward) for kind in groups.values() for group in kind for e in group):
+        values["failures"] = float(failures)  # episodes that no metric counts
     return values, groups.get("greedy") or groups.get("sampled") or []
 
 
 def scored(settings: Measure, ctx: Context, play: Play, n: int, rows: list[Episode]) -> list[Episode]:
     """`n` episodes of each row, scored by the verifier."""
     episodes: list[Episode] = settings.sampler.call(play, rows, n)
-    score(episodes, [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier")
+    pay(episodes, *verified(settings, ctx))
     return episodes
+
+
+def verified(settings: Measure, ctx: Context) -> tuple[list[Component[Reward]], str]:
+    """What says whether an answer is right, as a list of rewards, and the config key that an error of it names."""
+    return [settings.verifier or ctx.verifier], f"stages.{ctx.name}.eval.verifier"
 
 
 def evaluated(policy: Any, settings: Eval, ctx: Context) -> tuple[dict[str, float], list[Episode]]:

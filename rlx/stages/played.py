@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from rlx import world
-from rlx.rewards.score import score
+from rlx.rewards.score import pay, score, show
 from rlx.stages.context import Sources
 from rlx.stages.models import with_models
 from rlx.stages.spread import spread, together
@@ -29,13 +29,16 @@ def played(
 ) -> list[Episode]:
     """`n` episodes of each row, played with the stage's `models` (the policy among them, where one is asked) and paid."""
     rewards = [with_models(r, models) for r in reward]
-    pay = partial(score, rewards=rewards, where=f"stages.{at.name}.reward")
-    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, pay, pools or {}, step)
+    where = f"stages.{at.name}.reward"
+    ask = partial(score, rewards=rewards, where=where)
+    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, ask, pools or {}, step)
 
     def paid(share: list[Episode]) -> list[Episode]:
         episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
-        pay(episodes)
+        pay(episodes, rewards, where)
         return episodes
 
     with world.phase("rollouts"):
-        return spread(rows, paid, together=together(sampler))
+        episodes = spread(rows, paid, together=together(sampler))
+    show(episodes, rewards, where)
+    return episodes

@@ -219,6 +219,25 @@ def longer(log, length):
 
 
 @pytest.mark.parametrize(
+    ("method", "control", "value"),
+    [((0.1, 0.9), (0.1, 0.2), -math.inf), ((0.1, 0.2), (0.1, 0.9), math.inf), ((0.1, 0.2), (0.1, 0.2), math.inf)],
+)
+def test_a_level_that_is_not_reached(method, control, value):
+    """By the control: the method is earlier. By the method, whatever the control does: it is not."""
+    runs = {("method", 0): curve(*method), ("a", 0): curve(*control)}
+    check = Check(metric="rl/reward", at="reach@0.8", minus="a", times=0.5, max=0.0)
+    (found,) = outcomes(Claim(says="", checks=[check], arms={"a": {}}), runs, [0])
+    assert found.values == found.paired == [value]
+    assert verdict([found]) == ("reproduced" if value < 0 else "not reproduced")
+
+
+def test_seeds_on_which_one_arm_or_the_other_never_gets_there():
+    found = outcome(math.inf, -math.inf, -1.0, minus="a", max=0.0)
+    assert math.isnan(found.mean)
+    assert verdict([found]) == "not reproduced"
+
+
+@pytest.mark.parametrize(
     ("values", "check", "in_the_mean", "on_each_seed"),
     [
         ((0.25, 0.125, 0.375), {"minus": "a", "min": 0.25}, True, True),  # a seed may miss the margin, not the sign

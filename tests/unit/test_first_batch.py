@@ -335,6 +335,12 @@ def test_the_estimate_in_words() -> None:
         "memory of 494,032,768 weights: weights, gradient, AdamW, reference 10.9 GB; a unit's logits 1.3 GB and activations "
         "7.3 GB; at the peak 19.6 GB",
     ]
+    for packs in (False, True):  # groups that stay whole, whatever the budget
+        assert memory.estimate(large, None, rows=100, prompt=100, answer=400, budget=4096, packs=packs, together=16)[0] == (
+            "largest batch: 100 rows of 100 + 400 tokens "
+            + ("in packed units of at most 8000 tokens" if packs else "= 7 units of at most 16 rows")
+            + " (token_budget 4096)"
+        )
     assert memory.estimate(large, None, rows=2, prompt=5000, answer=1, budget=4096, packs=True)[0] == (
         "largest batch: 2 rows of 5000 + 1 tokens in packed units of at most 5001 tokens (token_budget 4096)"
     )

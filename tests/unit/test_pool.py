@@ -20,7 +20,7 @@ import pytest
 from rlx.rewards import pool as pools
 from rlx.rewards import rules
 from rlx.rewards.pool import Pool, Unscored, goes_to_workers, pooled
-from rlx.types import Component, ConfigError, DataError, Episode, Message, Status, Task, Turn
+from rlx.types import Component, ConfigError, DataError, Episode, Failed, Image, Message, Status, Task, Turn
 
 
 def episode(*said: str, logp: float = 0.0, answer: object = None) -> Episode:
@@ -134,6 +134,45 @@ def test_an_episode_whose_worker_dies_is_asked_once_more(pool: Pool, tmp_path: P
     with pytest.raises(Unscored, match="broke its worker process, twice"):
         pool.send(partial(fatal, folder=str(always), times=9), [episode("")])[0].result()
     assert len(os.listdir(always)) == 2
+
+
+@pytest.mark.parametrize(
+    ("starts", "said"),
+    [("echo 'no module named numpy' >&2; exit 1", "no module named numpy"), ("sleep 100", "it says nothing")],
+)
+def test_workers_that_do_not_start_are_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: str, said: str
+) -> None:
+    """Not failures of all episodes; nor is anything waited for that is larger than a pipe holds."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{starts}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(pools, "START_SECONDS", 0.5)
+    monkeypatch.setattr(sys, "executable", str(python))
+    own = Pool(1)
+    with pytest.raises(ConfigError, match=f"^a worker process for rewards does not start: {said}$"):
+        own.send(timely, [episode("0" * 10**6)])[0].result()
+    own.close()
+
+
+@pooled()
+def unavailable(episodes: list[Episode]) -> list[float]:
+    """What it asks is not there."""
+    raise Failed("the server is gone", 7)
+
+
+def test_a_worker_s_failure_of_the_whole_run_is_one(pool: Pool) -> None:
+    with pytest.raises(Failed, match="the server is gone") as caught:
+        pool.send(unavailable, [episode("")])[0].result()
+    assert caught.value.status == 7
+
+
+def test_images_do_not_travel() -> None:
+    image = Image(np.zeros((64, 64, 3), np.uint8))
+    seen = episode("a")
+    seen.task = Task((Message("user", ("2", image, "+3=")),))
+    sent = pools.bare(seen)
+    assert (sent.task.prompt[0].text, sent.task.prompt[0].images) == ("2+3=", ())
 
 
 def test_a_mistake_of_the_user_s_stays_one(pool: Pool) -> None:

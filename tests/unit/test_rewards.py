@@ -2,16 +2,18 @@
 
 import importlib
 import math
+import pickle
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlx.rewards import rules
 from rlx.rewards.env import env
-from rlx.rewards.score import score
-from rlx.types import Component, ConfigError, DataError, Episode, Message, Status, Task, Turn
+from rlx.rewards.score import pay, score, show
+from rlx.types import Component, ConfigError, DataError, Episode, Failed, Message, Status, Task, Turn
 
 
 def episode(completion: str = "", *, answer: object = "5", num_tokens: int = 0, **info: object) -> Episode:
@@ -142,7 +144,7 @@ def test_what_a_reward_raises_on_one_episode_is_that_episode_s_alone(capsys):
     assert first.startswith(
         "! stages.rl.reward: reward 'dearer' raised ZeroDivisionError: division by zero (test_rewards.py line "
     )
-    assert first.endswith(", on the prompt '2+3='); such episodes are left out, and counted as reward/failures")
+    assert first.endswith(", on the prompt '2+3='); such episodes are left out, and counted as failures")
     assert last == "ZeroDivisionError: division by zero"
 
 
@@ -158,6 +160,44 @@ def test_what_a_reward_raises_on_a_group_is_that_group_s(capsys):
     score(groups, [Component("pairwise", pairwise)], "x")
     assert [math.isnan(e.reward) for e in groups] == [False, False, True, True, True]
     assert capsys.readouterr().out.count("ZeroDivisionError") == 2
+
+
+def test_the_failure_of_a_reward_that_no_episode_alone_passes_is_the_group_s():
+    """Two answers are compared, and one of them is no number."""
+
+    def larger(episodes):
+        first, second = (float(e.completion) for e in episodes)
+        return [float(first > second), float(second > first)]
+
+    with pytest.raises(ConfigError, match="raised ValueError: could not convert string to float: 'x'"):
+        score([episode("1"), episode("x")], [Component("larger", larger)], "x")
+
+
+def test_whether_a_reward_raises_on_all_is_decided_on_the_episodes_of_all_ranks(capsys):
+    number = Component("number", lambda episodes: [float(e.completion) for e in episodes])
+    shares = [[episode("1")], [episode("x")]]
+    for share in shares:
+        pay(share, [number], "x")
+    both = pickle.loads(pickle.dumps([e for share in shares for e in share]))
+    show(both, [number], "x")
+    assert capsys.readouterr().out.startswith("! x: reward 'number' raised ValueError: could not convert string to float: 'x'")
+    assert [e.info for e in both] == [{}, {}]
+    with pytest.raises(ConfigError, match="raised ValueError"):
+        show(shares[1], [number], "x")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), MemoryError()])
+def test_a_lack_of_memory_is_no_episode_s(error):
+    """Else the groups with long answers would be left out."""
+
+    def hungry(episodes):
+        if len(episodes) > 1:
+            raise error
+        return [0.0]
+
+    with pytest.raises(Failed, match="x: reward 'hungry' ran out of memory on 2 episodes") as caught:
+        score([episode("1"), episode("2")], [Component("hungry", hungry)], "x")
+    assert caught.value.__cause__ is error
 
 
 def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():

@@ -443,7 +443,7 @@ def test_tasks_that_cannot_be_scored_do_not_count(tmp_path: Path) -> None:
         return record(tmp_path, name)[0]
 
     half = measured("half", {0, 1, 2, 3})
-    assert (half["accuracy"], half["n"], half["accuracy/high"]) == (1.0, 4, 1.0)
+    assert (half["accuracy"], half["n"], half["accuracy/high"], half["failures"]) == (1.0, 4, 1.0, 4.0)
     assert half["accuracy/low"] == pytest.approx(0.5101, abs=1e-4)  # Wilson: 4 / (4 + 1.96^2)
     none = measured("none", set(range(8)))
     assert (none["accuracy"], none["n"], none["accuracy/low"], none["accuracy/high"]) == (None, 0, 0.0, 1.0)
