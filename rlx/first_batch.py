@@ -135,6 +135,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
         answer=answer,
         budget=stage.token_budget,
         packs=model.packs,
+        offloaded=launch_of(models.plan.config).offload_frozen,
     )
     yield from ranks(models, real, reference)
 
@@ -195,6 +196,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         budget=stage.token_budget,
         packs=speaks and model.packs,
         decoded=min(episodes, Sampling(limit).rows),
+        offloaded=launch_of(models.plan.config).offload_frozen,
     )
     yield from ranks(models, real, reference)
 
@@ -203,7 +205,9 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
 def ranks(models: Models, real: Sizes, reference: Sizes | None) -> list[str]:
     """The memory of each rank, where there are several."""
     launch = launch_of(models.plan.config)
-    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch)) if launch.stage is not None else []
+    if launch.stage is None:
+        return []
+    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch), offloaded=launch.offload_frozen)
 
 
 def columns(rows: list[Episode]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from rlx import world
+from rlx.offload import present
 from rlx.rewards.score import score
 from rlx.stages.context import Sources
-from rlx.stages.models import with_models
+from rlx.stages.models import models_of, with_models
 from rlx.stages.spread import spread, together
 from rlx.types import Component, Episode, Play, Reward, Sampler, Sampling
 
@@ -29,11 +29,16 @@ def played(
 ) -> list[Episode]:
     """`n` episodes of each row, played with the stage's `models` (the policy among them, where one is asked) and paid."""
     rewards = [with_models(r, models) for r in reward]
-    pay = partial(score, rewards=rewards, where=f"stages.{at.name}.reward")
+
+    def pay(episodes: list[Episode]) -> None:
+        with present(*models_of(reward, models)):
+            score(episodes, rewards, f"stages.{at.name}.reward")
+
     play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, pay, pools or {}, step)
 
     def paid(share: list[Episode]) -> list[Episode]:
-        episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
+        with present(*models_of([sampler], models)):
+            episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
         pay(episodes)
         return episodes
 
