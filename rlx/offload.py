@@ -6,7 +6,7 @@ Dividing them would make each of their forwards a collective, and ranks ask them
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,6 +63,23 @@ def bring(model: Any) -> None:
         if home is not None and id(home) not in here:
             here[id(home)] = home  # first: where memory does not suffice for all of it, the rest is dropped as well
             home.bring()
+
+
+class Brought(Mapping[str, Any]):
+    """Models by name, for those who do not say beforehand which they ask: one that is looked up is brought."""
+
+    def __init__(self, models: Mapping[str, Any]) -> None:
+        self.models = models
+
+    def __getitem__(self, name: str) -> Any:
+        bring(self.models[name])
+        return self.models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.models)
+
+    def __len__(self) -> int:
+        return len(self.models)
 
 
 @contextlib.contextmanager

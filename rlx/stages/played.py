@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlx import world
-from rlx.offload import present
+from rlx.offload import Brought, present
 from rlx.rewards.score import score
 from rlx.stages.context import Sources
 from rlx.stages.models import models_of, with_models
@@ -34,7 +34,7 @@ def played(
         with present(*models_of(reward, models)):
             score(episodes, rewards, f"stages.{at.name}.reward")
 
-    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, pay, pools or {}, step)
+    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, Brought(models), pay, pools or {}, step)
 
     def paid(share: list[Episode]) -> list[Episode]:
         with present(*models_of([sampler], models)):
