@@ -18,13 +18,11 @@ enabled = False  # whether frozen models are kept so in this process: set for ea
 class Home:
     """The weights and buffers of some modules in the host's memory, from where they are copied to their device and never back.
 
-    Whatever refers to a tensor (a tied weight, a list of parameters) goes on to: it is its `data` that changes place. A tensor
-    is one for each of those who share it.
+    A tensor's `data` changes place, so that whatever refers to it (tied weights, say) still does.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        found = (x for module in modules for x in [*module.parameters(), *module.buffers()])
-        self.tensors: list[Tensor] = list({id(x): x for x in found}.values())
+        self.tensors: list[Tensor] = [x for module in modules for x in [*module.parameters(), *module.buffers()]]
         self.devices = [x.device for x in self.tensors]
         self.kept: list[Tensor] = []
         for x in self.tensors:  # one by one, so that no more than one is in both places

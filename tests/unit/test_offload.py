@@ -23,6 +23,7 @@ from rlx.compose import compose
 from rlx.launch import launch_of
 from rlx.learner import computed
 from rlx.llm.local import local
+from rlx.models.language import LanguageModel
 from rlx.models.load import tiny
 from rlx.models.mixture import Mixture
 from rlx.offload import bring, here, homes, keep, present
@@ -33,7 +34,7 @@ from rlx.rollout.samplers import plain
 from rlx.run import run
 from rlx.stages.models import ModelSpec, Refresh, unchanging
 from rlx.tensors import inside
-from rlx.types import Component, Episode, Message, ModelName, Play
+from rlx.types import Batch, Component, Episode, Message, ModelName, Play, Sampling, Turn, View
 
 FIELDS = {"logp", "entropy", "value"}
 
@@ -104,7 +105,7 @@ def test_tied_weights_stay_tied_and_are_copied_once(enabled: None) -> None:
     for scope in (present(), present(policy), present()):
         with scope:
             assert embedding.weight is head.weight
-    assert len(homes[policy.module].tensors) == len(set(map(id, tensors(policy)))) == len(tensors(policy))
+    assert len({id(x) for x in homes[policy.module].tensors}) == len(homes[policy.module].tensors) == len(tensors(policy))
 
 
 def test_a_scope_drops_what_came_within_it_also_after_an_error(enabled: None) -> None:
@@ -173,8 +174,28 @@ def test_which_models_are_kept() -> None:
     assert unchanging(specs, ["critic"]) == {"reference", "rm"}
 
 
+class Asked(LanguageModel):
+    """Notes whether it is on its device when it is asked."""
+
+    seen: dict[str, set[int]]
+
+    def forward(self, batch: Batch, want: set[str], temperature: float = 1.0) -> dict[str, Tensor]:
+        self.seen.setdefault("forward", set()).add(id(homes.get(self.module)) in here)
+        return super().forward(batch, want, temperature)
+
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+        self.seen.setdefault("act", set()).add(id(homes.get(self.module)) in here)
+        return super().act(views, keys, sampling)
+
+
+def frozen(seen: dict[str, set[int]], seed: int) -> Any:
+    made: Any = tiny(**SIZES, seed=seed)
+    made.__class__, made.seen = Asked, seen
+    return made
+
+
 def stage(seen: dict[str, set[int]]) -> Any:
-    """A stage with five frozen models, each asked in another way; `seen`: how many are on their device where what is asked."""
+    """A stage with six frozen models, each asked in another way; `seen`: how many are on their device where what is asked."""
 
     def note(what: str) -> None:
         seen.setdefault(what, set()).add(len(here))
@@ -211,9 +232,10 @@ def stage(seen: dict[str, set[int]]) -> Any:
     made.sampler = Component("guided", guided, settings={"guide": ModelName("guide")})
     made.keep = [Component("kept", kept, settings={"model": ModelName("rm")})]
     for seed, name in enumerate(("reference", "rm", "guide", "judge", "teacher"), 11):
-        model = Component("tiny", partial(tiny, **{**SIZES, "seed": seed}), settings={"seed": seed})
+        model = Component("frozen", partial(frozen, seen, seed), settings={"seed": seed})
         made.models[name] = ModelSpec(model=model, heads={"score": "last"} if name == "rm" else {})
-    made.models["opponent"] = ModelSpec(mix={"policy": 0.5, "teacher": 0.5})
+    made.models["old"] = ModelSpec(model=Component("tiny", partial(tiny, **{**SIZES, "seed": 10}), settings={"seed": 10}))
+    made.models["opponent"] = ModelSpec(mix={"policy": 0.5, "old": 0.5})
     return made
 
 
@@ -225,7 +247,8 @@ def test_a_stage_is_the_same_and_trains_with_none_of_them_on_the_device(tmp_path
         stage(found[1]).run(context(tmp_path / "moves", "rl"))
     assert record(tmp_path / "moves", "rl") == record(tmp_path / "stays", "rl")
     assert set.union(*found[0].values()) == {0}
-    assert found[1] == {"sampler": {1}, "sampler that has looked one up": {2}, "reward": {2}, "filter": {1}, "loss": {0}}
+    within = {"sampler": {1}, "sampler that has looked one up": {2}, "reward": {2}, "filter": {1}, "loss": {0}}
+    assert found[1] == {**within, "forward": {True}, "act": {True}}
 
 
 def test_a_model_of_a_path_is_brought_by_who_asks_it_and_dropped_with_the_others(enabled: None, tmp_path: Path) -> None:
@@ -253,8 +276,8 @@ purpose: "a stage with a reference"
 model: {name: tiny, layers: 1, hidden: 16, heads: 2, kv_heads: 2, ffn: 32}
 task: {name: arithmetic, digits: 2}
 stages:
-  rl: {kind: online, reference: "@model", data: "@task/train", reward: [length], advantage: [group_mean],
-       loss: [policy_gradient], watch: [ref_kl], prompts_per_step: 2, group_size: 2, max_new_tokens: 4, steps: 3, lr: 1e-2}
+  sft: {kind: fit, reference: "@model", data: "@task/demos", loss: [nll], watch: [ref_kl], rows_per_step: 4, steps: 3, lr: 1e-2,
+        log_every: 1}
 """
 
 
@@ -267,5 +290,5 @@ def test_one_process_does_it_as_well(tmp_path: Path) -> None:
             )
             run(plan(composed.config, swapped=composed.swapped, given=composed.given), tmp_path / str(offloaded))
             assert offload.enabled is offloaded
-    assert record(tmp_path / "True", "rl") == record(tmp_path / "False", "rl")
-    assert any(row["ref_kl"] > 0 for row in record(tmp_path / "True", "rl"))
+    assert record(tmp_path / "True", "sft") == record(tmp_path / "False", "sft")
+    assert any(row["ref_kl"] > 0 for row in record(tmp_path / "True", "sft"))
