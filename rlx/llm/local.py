@@ -29,7 +29,8 @@ def local(
     if (model is None) == (path is None):
         raise ConfigError("llm 'local': give `model`, a model of the stage, or `path`, a directory or hub id")
     policy = model if model is not None else load(str(path))
-    offload.bring(policy)
+    if path is not None:  # a model of the stage is where the stage asks it
+        offload.bring(policy)
     views = [View(policy.render(talk), tuple(image for message in talk for image in message.images)) for talk in conversations]
     keys = [[key(seed, *view.ids.tolist(), i) for i in range(n)] for view in views]
     played = policy.act(views, keys, Sampling(max_new_tokens, temperature)) if views else []
