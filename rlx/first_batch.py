@@ -138,6 +138,7 @@ def fit(stage: Fit, at: Sources, models: Models) -> Iterator[str]:
         budget=stage.token_budget,
         packs=model.packs,
         together=max(Counter(row.group for row in first).values()) if "group" in reads(stage.loss, stage.watch) else 1,
+        offloaded=launch_of(models.plan.config).offload_frozen,
     )
     yield from ranks(models, real, reference)
 
@@ -199,6 +200,7 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
         packs=speaks and model.packs,
         decoded=min(episodes, Sampling(limit).rows),
         together=stage.group_size if any("group" in reads(u.loss, u.watch) for u in stage.all_updates().values()) else 1,
+        offloaded=launch_of(models.plan.config).offload_frozen,
     )
     yield from ranks(models, real, reference)
 
@@ -207,7 +209,9 @@ def online(stage: Online, at: Sources, models: Models) -> Iterator[str]:
 def ranks(models: Models, real: Sizes, reference: Sizes | None) -> list[str]:
     """The memory of each rank, where there are several."""
     launch = launch_of(models.plan.config)
-    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch)) if launch.stage is not None else []
+    if launch.stage is None:
+        return []
+    return memory.in_ranks(real, reference, launch.stage, num_ranks(launch), offloaded=launch.offload_frozen)
 
 
 def columns(rows: list[Episode]) -> str:

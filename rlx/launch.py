@@ -34,7 +34,8 @@ class Launch:
 
     `hostfile` lists machines as DeepSpeed reads them (`worker-1 slots=8`); without GPUs, `gpus` processes share the CPU.
     `deepspeed` is a JSON file of more settings of DeepSpeed's. `offload_optimizer` and `offload_parameters` keep these in the
-    host's memory. A rank that makes no progress for `timeout` seconds ends the run.
+    host's memory, `offload_frozen` the models that are not trained (rlx/offload.py), in one process, too. A rank that makes no
+    progress for `timeout` seconds ends the run.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Launch:
     deepspeed: str | dict[str, Any] | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    offload_frozen: bool = False
     timeout: float = 1800.0
 
     def problems(self) -> list[str]:

@@ -94,9 +94,12 @@ def rollout_copy(model: Sizes, stage: int) -> int:
     return (2 if model.bf16 and stage > 0 else 4) * model.weights
 
 
-def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> list[str]:
-    """What stays on each rank, in words. Raises ConfigError where the whole weights exceed a GPU: they are read in float32."""
-    copy, stays = rollout_copy(model, stage), divided_states(model, reference, stage, ranks)
+def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int, *, offloaded: bool = False) -> list[str]:
+    """What stays on each rank, in words; the reference not where it is `offloaded`.
+
+    Raises ConfigError where the whole weights exceed a GPU: they are read in float32.
+    """
+    copy, stays = rollout_copy(model, stage), divided_states(model, None if offloaded else reference, stage, ranks)
     room = min((torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())), default=None)
     if room is not None and 4 * model.weights > room:
         raise ConfigError(
@@ -104,7 +107,13 @@ def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int) -> l
             f"{gigabytes(room)}; take a smaller model; vLLM divides them where it "
             "samples (rollout=vllm_server), but a rank needs them whole to hand them over"
         )
-    return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with"]
+    away = f"; {in_host(reference)} for each of them" if reference and offloaded else ""
+    return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with{away}"]
+
+
+def in_host(reference: Sizes) -> str:
+    """Where an offloaded reference is, in words."""
+    return f"reference {gigabytes(4 * reference.weights)} in the host's memory"
 
 
 def activations(model: Sizes, tokens: int) -> int:
@@ -150,15 +159,17 @@ def estimate(
     packs: bool = False,
     decoded: int = 0,
     together: int = 1,
+    offloaded: bool = False,
 ) -> list[str]:
     """The largest batch of an optimiser step in units, and the memory of training on it, in words.
 
     `rows` sequences of `prompt` + `answer` tokens, all as long as the longest; `decoded` of them are sampled at a time, and
     as many as `together` stay in one unit, whatever the budget. Where the model `packs`, a unit has as many tokens as the
     budget, or as what stays in one has, and logits exist for some positions at a time. Rollouts and training take turns, so
-    the peak is what stays and the larger of the two. Evaluations are not counted.
+    the peak is what stays and the larger of the two. A reference that is `offloaded` takes its turn as well, with the logits of
+    a unit. Evaluations are not counted.
     """
-    longest, stays = prompt + answer, states(real, reference)
+    longest, stays = prompt + answer, states(real, None if offloaded else reference)
     if packs:
         unit = min(rows * longest, max(budget, together * longest))
         scored = min(unit, rows * answer, max(1, LARGEST // real.vocabulary))
@@ -169,11 +180,13 @@ def estimate(
         split = f"= {many(math.ceil(rows / each), 'unit')} of at most {many(each, 'row')}"
     heads, layers = logits(real, scored), activations(real, unit)
     cache = rollouts(real, decoded, prompt + answer)
+    asked = 4 * reference.weights + heads if reference and offloaded else 0
     parts = [
-        f"weights, gradient, AdamW{', reference' if reference else ''} {gigabytes(stays)}",
+        f"weights, gradient, AdamW{', reference' if reference and not offloaded else ''} {gigabytes(stays)}",
         f"a unit's logits {gigabytes(heads)} and activations {gigabytes(layers)}",
         *([f"rollouts of {decoded} rows {gigabytes(cache)}"] if decoded else []),
-        f"at the peak {gigabytes(stays + max(heads + layers, cache))}",
+        *([in_host(reference)] if reference and offloaded else []),
+        f"at the peak {gigabytes(stays + max(heads + layers, cache, asked))}",
     ]
     return [
         f"largest batch: {many(rows, 'row')} of {prompt} + {answer} tokens {split} (token_budget {budget})",

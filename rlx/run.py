@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from rlx import __version__, world
+from rlx import __version__, offload, world
 from rlx.build import hint
 from rlx.health import health
 from rlx.launch import launch_of
@@ -77,6 +77,7 @@ def run(
     tracker = make_tracker(plan, run_dir, info) if world.leads() else NoTracker()
     launch = launch_of(plan.config)
     learner = learner_of(launch.stage, launch.settings(), share)
+    offload.enabled = launch.offload_frozen
     display: Display = Live() if sys.stdout.isatty() else Lines()
     began, before = time.monotonic(), float(info.get("seconds") or 0.0)
     done: dict[str, dict[str, float]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlx import world
+from rlx.offload import present
 from rlx.types import Batch, Policy
 
 
@@ -76,7 +77,7 @@ def computed(
     """The fields of `wants` that a policy offers, for a whole batch and without gradient; `less` as in `own_units`."""
     numbered = Batch({**batch, "index": torch.arange(len(batch.inputs), device=policy.device)}, batch.inputs)
     out: dict[str, Tensor] = {}
-    with policy.autocast():
+    with present(policy), policy.autocast():
         for unit, repeated in own_units(policy, numbered, token_budget, less):
             for name, x in policy.forward(unit, wants, temperature).items():
                 out.setdefault(name, x.new_zeros((len(batch.inputs), *x.shape[1:])))[unit["index"]] += counted(x, repeated)

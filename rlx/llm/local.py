@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from rlx import offload
 from rlx.rollout.noise import key
 from rlx.types import ConfigError, Message, Sampling, TextPolicy, View
 
@@ -28,6 +29,8 @@ def local(
     if (model is None) == (path is None):
         raise ConfigError("llm 'local': give `model`, a model of the stage, or `path`, a directory or hub id")
     policy = model if model is not None else load(str(path))
+    if path is not None:  # a model of the stage is where the stage asks it
+        offload.bring(policy)
     views = [View(policy.render(talk), tuple(image for message in talk for image in message.images)) for talk in conversations]
     keys = [[key(seed, *view.ids.tolist(), i) for i in range(n)] for view in views]
     played = policy.act(views, keys, Sampling(max_new_tokens, temperature)) if views else []
@@ -43,4 +46,5 @@ def load(path: str) -> Any:
     policy = pretrained(path=path)
     policy.module.requires_grad_(False)
     policy.engine = generate
+    offload.keep(policy)
     return policy

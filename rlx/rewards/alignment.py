@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlx import offload
 from rlx.models.load import first_line, place
 from rlx.rewards.sections import listed, section
 from rlx.types import ConfigError, DataError, Episode, Image
@@ -41,6 +42,7 @@ def clip_similarity(
     values = [0.0] * len(episodes)
     if asked:
         model, processor = load(path)
+        offload.bring(model)
         images = {id(image): image for image in (first_image(episodes[i]) for i in asked)}
         seen = dict(zip(images, embed_images(model, processor, list(images.values())), strict=True))
         said = embed_texts(model, processor, [texts[i] for i in asked], max_tokens)
@@ -105,7 +107,9 @@ def load(path: str) -> tuple[Any, Any]:
         raise ConfigError(f"model {path!r}: {first_line(error)}") from error
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ConfigError(f"model {path!r}: {type(model).__name__} does not embed images and texts; expected a CLIP model")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    offload.keep(model)
+    return model, processor
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from rlx import offload
 from rlx.models.language import plain, with_said
 from rlx.models.load import first_line, place, read_tokenizer
 from rlx.types import ConfigError, Episode, Message, Status
@@ -29,6 +30,7 @@ def reward_model(
     Raises ConfigError: no such model, no tokenizer or padding token, more labels than one, or weights without the head.
     """
     module, tokenizer = load(path)
+    offload.bring(module)
     rows = [encode(tokenizer, episode) for episode in episodes]
     scores = [float("nan")] * len(rows)
     fits = [i for i, row in enumerate(rows) if row and (max_length is None or len(row) <= max_length)]
@@ -67,7 +69,9 @@ def load(path: str) -> tuple[Any, Any]:
         raise ConfigError(f"{what}: {first_line(error)}") from error
     if report["missing_keys"]:  # transformers would draw them at random
         raise ConfigError(f"{what}: its weights lack {', '.join(sorted(report['missing_keys']))}")
-    return module.to("cuda" if gpu else "cpu").eval(), tokenizer
+    module = module.to("cuda" if gpu else "cpu").eval()
+    offload.keep(module)
+    return module, tokenizer
 
 
 def encode(tokenizer: Any, episode: Episode) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlx.filters import chain
+from rlx.offload import present
 from rlx.rollout.samplers import resampled
 from rlx.stages.context import Context
 from rlx.stages.rows import tokenized
@@ -62,7 +63,8 @@ class Buffer:
         chosen = [states[i] for i in rng.choice(len(states), min(self.spec.states, len(states)), replace=False).tolist()]
         policy, stored = models[self.spec.resample], [episode for episode, _ in chosen]
         known = [x for e in stored for x in (e.task, *(message for turn in e.turns for message in turn.replies))]
-        made = led(lambda: resampled(policy, chosen, sampling, (*seed, 1)), known)
+        with present(policy):
+            made = led(lambda: resampled(policy, chosen, sampling, (*seed, 1)), known)
         self._pairs = [(episode, fresh) for (episode, _), fresh in zip(chosen, made, strict=True)]
 
     def draw(self, rows: int, seed: tuple[int, ...]) -> list[Episode]:

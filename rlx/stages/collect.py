@@ -12,11 +12,12 @@ from rlx import world
 from rlx.build import LANGUAGE
 from rlx.data.write import FORMS, Rows, jsonl
 from rlx.filters import chain
+from rlx.offload import present
 from rlx.rollout import samplers
 from rlx.stages.context import Context
 from rlx.stages.drawing import drawing, drawing_problems
 from rlx.stages.fields import misnamed
-from rlx.stages.models import ModelSpec, as_spec, named, spec_problems, with_models
+from rlx.stages.models import ModelSpec, as_spec, models_of, named, spec_problems, with_models
 from rlx.stages.played import played
 from rlx.stages.summary import average, summary
 from rlx.types import Component, DataError, DataRef, Episode, Keep, ModelRef, Reward, Sampler
@@ -108,7 +109,8 @@ class Collect:
                 seed=ctx.seeds(step),
                 step=step,
             )
-            passed = chain([e for e in found if not math.isnan(e.reward) and e.turns], keep)
+            with present(*models_of(self.keep, loaded)):
+                passed = chain([e for e in found if not math.isnan(e.reward) and e.turns], keep)
             made = [row for group in grouped(passed) for row in FORMS[self.rows](group, self.margin)]
             so_far.add(made, found, passed)
             ctx.log.step(step, measured(passed, found, made, len(chosen)), found[: 2 * self.group_size] if step == 1 else [])

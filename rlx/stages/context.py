@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlx import world
+from rlx import offload, world
 from rlx.data.rows import write
 from rlx.learner import MakeLearner, TorchLearner
 from rlx.report.read import lower_is_better
 from rlx.resume import States
 from rlx.rollout.noise import key
-from rlx.stages.models import ModelSpec, freeze, padded, random_heads, target_of
+from rlx.stages.models import ModelSpec, freeze, padded, random_heads, target_of, unchanging
 from rlx.stages.rows import first, mark_of
 from rlx.stages.state import Generators, State
 from rlx.stopping import Stop
@@ -56,14 +56,20 @@ class Sources:
         """The weights that a reference means (without one, the recipe's `model`)."""
         return self.load(ModelSpec(from_=ref))
 
-    def models(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    def models(self, specs: Mapping[str, ModelSpec], trained: Collection[str] = ()) -> dict[str, Any]:
         """The models of a stage by name. Targets that follow another model start as copies of it.
 
-        Mixtures are of the models themselves.
+        Mixtures are of the models themselves. What no step changes goes to the host's memory before the next is loaded, where
+        that is asked for.
         """
         from rlx.models.mixture import Mixture
 
-        made = {name: self.load(spec) for name, spec in specs.items() if not spec.ema and not spec.mix}
+        made, still = dict[str, Any](), unchanging(specs, trained)
+        for name, spec in specs.items():
+            if not spec.ema and not spec.mix:
+                made[name] = self.load(spec)
+                if name in still:
+                    offload.keep(made[name])
         made |= {name: target_of(made[spec.ema]) for name, spec in specs.items() if spec.ema}
         mixes = {name: spec.mix for name, spec in specs.items() if spec.mix}
         return made | {name: Mixture([(made[part], w) for part, w in parts.items()]) for name, parts in mixes.items()}
@@ -172,7 +178,7 @@ class Context(Sources):
 
     def models(self, specs: Mapping[str, ModelSpec], trained: Collection[str] = ()) -> dict[str, Any]:
         """The models of a stage by name; random heads that are not `trained`, and padding, are noted."""
-        made = super().models(specs)
+        made = super().models(specs, trained)
         for line in [*random_heads(made, specs, trained), *padded(made, trained)]:
             self.log.note(f"stages.{self.name}.{line}")
         return made

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from rlx.filters import chain
+from rlx.offload import present
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
-from rlx.stages.models import with_models
+from rlx.stages.models import models_of, with_models
 from rlx.stages.played import played
 from rlx.types import Component, Episode, Keep, Reward, Sampler, Sampling
 
@@ -64,7 +65,8 @@ def draw(
         seen += found
         have = {e.group for e in kept}
         scored = [e for e in found if not math.isnan(e.reward) and e.num_tokens and e.group not in have]
-        kept += chain(scored, keep)
+        with present(*models_of(stage.keep, loaded)):
+            kept += chain(scored, keep)
         if len({e.group for e in kept}) >= stage.prompts_per_step:
             break
     if stage.refill:

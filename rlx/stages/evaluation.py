@@ -9,6 +9,7 @@ from typing import Any
 
 from rlx import world
 from rlx.metrics import wilson
+from rlx.offload import present
 from rlx.rewards.score import pay, show
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
@@ -92,8 +93,9 @@ def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, fl
 
 def scored(settings: Measure, ctx: Context, play: Play, n: int, rows: list[Episode]) -> list[Episode]:
     """`n` episodes of each row, scored by the verifier."""
-    episodes: list[Episode] = settings.sampler.call(play, rows, n)
-    pay(episodes, *verified(settings, ctx))
+    with present():  # what a sampler or a verifier brings itself
+        episodes: list[Episode] = settings.sampler.call(play, rows, n)
+        pay(episodes, *verified(settings, ctx))
     return episodes
 
 

@@ -17,7 +17,7 @@ import torch
 
 from rlx import world
 from rlx.models.language import LanguageModel
-from rlx.stages.models import ModelSpec, prefix
+from rlx.stages.models import ModelSpec, prefix, unchanging
 from rlx.types import Batch, Floats, Policy, Tokens
 from rlx.units import computed
 
@@ -30,11 +30,10 @@ def frozen(
     specs: Mapping[str, ModelSpec], models: Mapping[str, Policy], reads: set[str], folder: Path, say: Callable[[str], None]
 ) -> list[Frozen]:
     """The models whose fields are worth keeping: language models that no step changes, of which only KEPT is read."""
-    found = []
+    found, still = [], unchanging(specs, [])
     for name, policy in models.items():
-        changes = name == "policy" or bool(specs[name].ema or specs[name].mix or specs[name].refresh)
         fields = {f"{prefix(name)}_{x}": x for x in sorted(policy.offers) if f"{prefix(name)}_{x}" in reads}
-        if not changes and fields and KEPT.issuperset(fields.values()) and isinstance(policy, LanguageModel):
+        if name in still and fields and KEPT.issuperset(fields.values()) and isinstance(policy, LanguageModel):
             found.append(Frozen(policy, fields, folder, say))
     return found
 

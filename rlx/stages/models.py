@@ -114,6 +114,17 @@ def with_models(component: Component[Any], models: Mapping[str, Policy]) -> Comp
     return Component(**{**vars(component), "call": functools.partial(component.call, **given), "settings": settings})
 
 
+def models_of(components: Iterable[Component[Any]], models: Mapping[str, Policy]) -> list[Policy]:
+    """The models that settings of some components name."""
+    return [models[model] for _, _, model in named(components)]
+
+
+def unchanging(specs: Mapping[str, ModelSpec], trained: Collection[str]) -> set[str]:
+    """The models beside the policy that no step changes, and that no target is a copy of."""
+    changes = {"policy", *trained, *(spec.ema for spec in specs.values())}
+    return {name for name, spec in specs.items() if name not in changes and not (spec.ema or spec.mix or spec.refresh)}
+
+
 def random_heads(models: Mapping[str, Any], specs: Mapping[str, ModelSpec], trained: Collection[str]) -> list[str]:
     """One line for each head that was drawn at random on a model that is not trained; an ema target follows one that is."""
     return [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from rlx import world
-from rlx.rewards.score import pay, score, show
+from rlx.offload import Brought, present
+from rlx.rewards.score import pay, show
 from rlx.stages.context import Sources
-from rlx.stages.models import with_models
+from rlx.stages.models import models_of, with_models
 from rlx.stages.spread import spread, together
 from rlx.types import Component, Episode, Play, Reward, Sampler, Sampling
 
@@ -30,15 +30,23 @@ def played(
     """`n` episodes of each row, played with the stage's `models` (the policy among them, where one is asked) and paid."""
     rewards = [with_models(r, models) for r in reward]
     where = f"stages.{at.name}.reward"
-    ask = partial(score, rewards=rewards, where=where)
-    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, models, ask, pools or {}, step)
 
-    def paid(share: list[Episode]) -> list[Episode]:
-        episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
-        pay(episodes, rewards, where)
+    def paid(episodes: list[Episode]) -> list[Episode]:
+        with present(*models_of(reward, models)):
+            pay(episodes, rewards, where)
         return episodes
 
+    def shown(episodes: list[Episode]) -> None:
+        show(paid(episodes), rewards, where)
+
+    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, Brought(models), shown, pools or {}, step)
+
+    def made(share: list[Episode]) -> list[Episode]:
+        with present(*models_of([sampler], models)):
+            episodes: list[Episode] = with_models(sampler, models).call(play, share, n)
+        return paid(episodes)
+
     with world.phase("rollouts"):
-        episodes = spread(rows, paid, together=together(sampler))
+        episodes = spread(rows, made, together=together(sampler))
     show(episodes, rewards, where)
     return episodes

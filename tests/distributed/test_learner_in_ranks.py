@@ -116,7 +116,7 @@ def test_every_loss_is_the_same_in_two_ranks(found: Any) -> None:
 
 
 def test_what_a_frozen_model_says_is_computed_once(found: Any) -> None:
-    """Also where ranks do not see the same disk: the first reads and writes it."""
+    """Also where ranks do not see the same disk: the first reads and writes it. An offloaded one says the same bits."""
     expected, filled = fill.in_one(), found["filled"]
     sizes = [2 * n + 1 for n in fill.ANSWERS]
     assert [read for _, read in expected] == [sum(sizes[:3]), sum(sizes[3:]), 0]
@@ -128,4 +128,7 @@ def test_what_a_frozen_model_says_is_computed_once(found: Any) -> None:
     # A rank without a unit of its own goes through the shortest once more.
     assert first == [pytest.approx(sum(sizes[:3]), abs=max(sizes[:3])), pytest.approx(sum(sizes[3:]), abs=max(sizes[3:])), 0]
     assert again == [0, 0, 0]
+    for offloaded, stayed in zip(filled["offloaded"], filled["first"], strict=True):
+        assert [read for _, read in offloaded] == [read for _, read in stayed]
+        assert all(torch.equal(x, there) for (x, _), (there, _) in zip(offloaded, stayed, strict=True))
     assert filled["files"] == [2, 0]

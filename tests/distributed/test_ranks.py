@@ -196,7 +196,7 @@ def one(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sweep(folder: Path) -> tuple[Path, str]:
-    """A sweep over two stages of ZeRO, and what it said; under stage 3 every weight is divided."""
+    """A sweep over two stages of ZeRO, and what it said; under stage 3 weights are divided and references offloaded."""
     status, out, err = rlx(folder, "-m", "all.yaml", "launch=zero2,zero3", *TWO[1:], "run_dir=sweep")
     assert (status, "rlx:" in err) == (0, False), err
     return folder / "sweep", out
@@ -233,6 +233,8 @@ def test_metrics_and_weights_are_those_of_one_process(one: Path, sweep: tuple[Pa
     for job in ("0", "1"):
         close(folder / job, one)
         assert info(folder / job)["hardware"].endswith(", 2 ranks")
+    launches = [yaml.safe_load((folder / job / "config.yaml").read_text())["launch"] for job in ("0", "1")]
+    assert [(x["name"], x["offload_frozen"]) for x in launches] == [("zero2", False), ("zero3", True)]
     assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "jobs.jsonl", "multirun.yaml", "sweep.json"]
     assert any(row["loss/spread"] > 0 for row in rows(one)["coupled"])
 

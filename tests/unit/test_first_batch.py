@@ -298,6 +298,10 @@ def test_weights_that_a_rank_cannot_sample_with_are_an_error(monkeypatch: pytest
     assert memory.in_ranks(large, None, 2, 8) == [
         "each of 8 ranks: 180.0 GB stay, 120.0 GB of them the whole weights to sample with"
     ]
+    assert memory.in_ranks(large, large, 2, 8, offloaded=True) == [
+        "each of 8 ranks: 180.0 GB stay, 120.0 GB of them the whole weights to sample with; reference 120.0 GB in the host's "
+        "memory for each of them"
+    ]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 * 10**9, 80 * 10**9))
     with pytest.raises(ConfigError) as error:
@@ -327,6 +331,14 @@ def test_the_estimate_in_words() -> None:
         "memory of 494,032,768 weights: weights, gradient, AdamW, reference 10.9 GB; a unit's logits 9.7 GB and activations "
         "7.2 GB; rollouts of 256 rows 2.5 GB; at the peak 27.8 GB",
     ]
+    offloaded = memory.estimate(large, large, rows=100, prompt=100, answer=400, budget=4096, decoded=256, offloaded=True)
+    assert offloaded[1] == (
+        "memory of 494,032,768 weights: weights, gradient, AdamW 8.9 GB; a unit's logits 9.7 GB and activations 7.2 GB; "
+        "rollouts of 256 rows 2.5 GB; reference 2.0 GB in the host's memory; at the peak 25.8 GB"
+    )
+    other = dataclasses.replace(large, weights=10 * 10**9)  # asked with the logits of a unit, it takes more than an update
+    offloaded = memory.estimate(large, other, rows=100, prompt=100, answer=400, budget=4096, offloaded=True)
+    assert offloaded[1].endswith("; reference 40.0 GB in the host's memory; at the peak 58.6 GB")
     assert memory.estimate(large, None, rows=2, prompt=5000, answer=1, budget=4096)[0] == (
         "largest batch: 2 rows of 5000 + 1 tokens = 2 units of at most 1 row (token_budget 4096)"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
+from rlx import offload
 from rlx.data.formats import turn
 from rlx.models.tokenizer import byte_tokenizer
 from rlx.rewards.model import batches, load, reward_model
@@ -86,6 +87,17 @@ def test_a_text_of_more_than_max_length_tokens_is_not_scored(saved: Path) -> Non
 
 def test_a_model_is_loaded_once(saved: Path) -> None:
     assert load(str(saved)) is load(str(saved))
+
+
+def test_its_weights_are_in_the_hosts_memory_while_nothing_asks_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = reward_model([episode(said) for said in SAID], path=str(saved))
+    load.cache_clear()
+    monkeypatch.setattr(offload, "enabled", True)
+    with offload.present():
+        assert reward_model([episode(said) for said in SAID], path=str(saved)) == expected
+        assert len(offload.here) == 1
+    assert not offload.here
+    load.cache_clear()
 
 
 def test_batches_hold_the_budget_with_padding_counted() -> None:

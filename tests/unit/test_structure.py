@@ -36,7 +36,7 @@ ROOT = PACKAGE.parent
 LAYERS = """
 types
 world
-tensors encoding marks memory
+tensors encoding marks memory offload
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -82,6 +82,7 @@ APART = {
     "resume": {"types", "world", "encoding"},
     "build": {"types", "catalogue"},
     "world": set(),
+    "offload": set(),
     "launch": {"types", "build"},
     "ranks": {"types", "stopping", "launch"},
     "unroll": {"build"},
