@@ -81,6 +81,8 @@ class TorchLearner:
         they are the same policy's, so what is left is numerical. They are of the sequences that this forward reads (see
         `with_signal`). `grad_variance` is |g1 - g2|^2, where g1 and g2 are the shares of two halves of the prompts in the
         gradient g1 + g2: the halves are independent, so its expectation is the trace of the gradient's covariance.
+
+        A minibatch in which the masks of all terms are empty is no optimiser step; where there is no other, no metrics.
         """
         with world.phase("an update"):
             return self._step(batch, update, seed)
@@ -92,7 +94,7 @@ class TorchLearner:
         for _ in range(update.epochs):
             order = rng.permutation(len(together)) if update.minibatches > 1 else np.arange(len(together))
             for part in np.array_split(order, min(update.minibatches, len(order))):
-                first = not shown
+                first = not any(shown)
                 chosen = [i for block in part.tolist() for i in together[block]]
                 shown.append(self._optimise(batch.take(chosen), update, check_gap=first and update.sampled))
         means = {
@@ -140,8 +142,6 @@ class TorchLearner:
 
     def _attempt(self, batch: Batch, update: Update, *, check_gap: bool) -> dict[str, Tensor]:
         counts = step_counts(batch, [*update.loss, *update.watch])
-        if not any(batch[name].any() for name in counts):
-            raise NonFinite("no token of this batch is trained on: every mask is empty")
         if not any(batch[mask_of(term)].any() for term in update.loss):
             return {}  # nothing for this update: the momentum of earlier steps is no reason to move
         for name, start, _ in states(update):

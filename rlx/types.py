@@ -331,7 +331,8 @@ class Metric(Protocol):
 class Sampling:
     """How an engine draws tokens: `temperature` 0 is greedy decoding, `rows` the most sequences decoded at a time.
 
-    A turn ends with the id that completes one of the `stop` strings in its text, as it does with an end token.
+    A turn ends with the id that completes one of the `stop` strings in its text, as it does with an end token. With
+    `ignore_eos` an end token is an id like any other.
     """
 
     max_new_tokens: int
@@ -341,6 +342,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     rows: int = 1024
+    ignore_eos: bool = False
 
 
 VecStep = tuple[NDArray[Any], Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Floats]]

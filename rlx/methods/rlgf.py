@@ -35,6 +35,7 @@ def guided(
     tau: float = 0.8,
     guide_top_p: float = 1.0,
     guide_top_k: int = 0,
+    fixed_length: bool = False,
 ) -> list[Episode]:
     """Answers of one turn that one model begins and the other ends.
 
@@ -50,6 +51,10 @@ def guided(
     which returns are the policy's, `guide_critic_mask` what the guide did, after which they are the guide's, and
     `string_mask` all. With beta 0, ppo_plus_plus plays what the sampler `plain` plays.
 
+    With `fixed_length`, every answer has `max_new_tokens` ids, and an end token is one like any other. Without, an end token
+    of the policy's roll-in in aggrevated is never among the ids that are trained on: the policy may learn to end at once,
+    which costs it nothing, since the guide then writes the whole answer.
+
     Raises ConfigError: probabilities out of range; a guide with another vocabulary.
     """
     if not 0 <= beta <= 1 or (scheme == "lols" and not 0 <= tau <= 1):
@@ -58,7 +63,8 @@ def guided(
     envs = [play.make_env() for _ in episodes]
     talks = [tuple(env.reset(e.task)) for env, e in zip(envs, episodes, strict=True)]
     guide_first = guide_rolls_in(play, scheme, tau)
-    players = Player(play.policy, play.sampling), Player(guide, replace(play.sampling, top_p=guide_top_p, top_k=guide_top_k))
+    sampling = replace(play.sampling, ignore_eos=fixed_length)
+    players = Player(play.policy, sampling), Player(guide, replace(sampling, top_p=guide_top_p, top_k=guide_top_k))
     begins, ends = players[::-1] if guide_first else players
 
     def draws(kind: int) -> list[int]:

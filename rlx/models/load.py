@@ -74,16 +74,20 @@ def tiny_t5(
     hidden: int = 64,
     heads: int = 4,
     ffn: int = 128,
+    letters: str = "",
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
     activation_checkpointing: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> LanguageModel:
-    """A small encoder-decoder of the T5 architecture: `layers` on each side, random weights, no dropout, byte tokenizer."""
+    """A small encoder-decoder of the T5 architecture: `layers` on each side, random weights, no dropout.
+
+    The tokenizer is that of bytes; with `letters`, of these characters alone.
+    """
     from transformers import AutoModelForSeq2SeqLM, T5Config
 
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(only=letters)
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=hidden,

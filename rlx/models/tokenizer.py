@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-PAD, END, IMAGE = "<|pad|>", "<|end|>", "<|image|>"
+PAD, END, IMAGE, UNKNOWN = "<|pad|>", "<|end|>", "<|image|>", "<|unknown|>"
 ROLES = ("system", "user", "assistant", "tool")
 
 # The generation markers say which tokens are the assistant's own: its text and the end token that it has to learn.
@@ -19,19 +19,21 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(words: Sequence[str] = (), *, images: bool = False) -> Any:
+def byte_tokenizer(words: Sequence[str] = (), *, images: bool = False, only: str = "") -> Any:
     """A transformers tokenizer of the 256 bytes (an ASCII character is one token) and a token a role.
 
-    `words` are texts that are one token each wherever they stand, `images` adds the placeholder of an image.
+    `words` are texts that are one token each wherever they stand, `images` adds the placeholder of an image. With `only`,
+    the bytes of these characters stand for all 256, and any other is read as the unknown token.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, END, *(f"<|{role}|>" for role in ROLES), *([IMAGE] if images else [])]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES), *([IMAGE] if images else []), *([UNKNOWN] if only else [])]
+    alphabet = sorted({byte for text, _ in level.pre_tokenize_str(only) for byte in text} or level.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN if only else None))
+    core.pre_tokenizer = level
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

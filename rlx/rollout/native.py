@@ -56,7 +56,7 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
     later = list(waiting) if reader.joins else []
     ahead_of_each = [*reader.ahead, *(np.zeros(0, np.int64) for _ in later)]
     state = Samples.of([*jobs, *later], ahead_of_each, sampling, policy.device)
-    ends = torch.tensor(policy.end_ids, device=policy.device)
+    ends = torch.tensor([] if sampling.ignore_eos else policy.end_ids, dtype=torch.long, device=policy.device)
     drawn: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
         world.progress()

@@ -95,11 +95,12 @@ def params(policy: Any, sampling: Sampling, key: int, begun: int) -> dict[str, A
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
+        "ignore_eos": sampling.ignore_eos,
         "seed": key % 2**63,
         "stop": list(sampling.stop),
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # stop strings are looked for in the whole text
-        "stop_token_ids": list(policy.end_ids),
+        "stop_token_ids": [] if sampling.ignore_eos else list(policy.end_ids),
         "logprobs": 0,  # of the id that was drawn, and of no others
     }
 

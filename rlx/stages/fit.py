@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
+from rlx.learner import NonFinite
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
@@ -122,6 +123,8 @@ class Fit:
             fill(batch, reads, loaded, dict.fromkeys(policy.offers, policy), self.token_budget, 1.0, learner.share)
             credit(batch, self.derive, [])
             metrics = learner.step(batch, update, ctx.seeds(step))
+            if not metrics:
+                raise NonFinite("no token of this step is trained on: every mask is empty")
             follow(loaded, specs, "policy")
             refresh(loaded, specs, step)
             metrics["tokens"] = float(sum(x.length for x in batch.inputs))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlx.learner import Learner, MakeLearner
+from rlx.learner import Learner, MakeLearner, NonFinite
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
 from rlx.stages.fields import reads
@@ -129,7 +129,8 @@ def train(
     """Run the updates that are due, in order; their metrics, and the batch of the kept episodes.
 
     The batches of `kept` are made first: what their fields say is of the time before the step's first update. A batch of a
-    buffer is of the time before its draw's update. `names` are columns of the data that become fields.
+    buffer is of the time before its draw's update. `names` are columns of the data that become fields. Raises NonFinite where
+    updates are due and none of them finds a token to train on; one alone may find none (the critic of a role not played).
     """
     owners = {name: models[u.spec.train] for u in updates for name in models[u.spec.train].offers}
 
@@ -148,6 +149,7 @@ def train(
         if together:
             whole[credited] = batch_of(together[0], list(kept), {name for v in together for name in v.reads})
     metrics = {name: value for batch in whole.values() for name, value in corrections(batch).items()}
+    idle = bool(due)
     for u in due:
         found: list[dict[str, float]] = []
         for draw in range(u.spec.steps):
@@ -158,8 +160,11 @@ def train(
                 batch = batch_of(u, buffers[u.spec.on].draw(u.spec.rows, (*seed, 2)), u.reads)
             found.append(u.learner.step(batch, u.update, seed))
             follow(models, specs, u.spec.train)
+        idle = idle and not any(found)
         label = f"{u.name}/" if u.name else ""
         metrics |= {
             f"{label}{k}": float(np.mean([m[k] for m in found if k in m])) for k in dict.fromkeys(k for m in found for k in m)
         }
+    if idle:
+        raise NonFinite("no token of this step is trained on: every mask is empty")
     return metrics, next(iter(whole.values()), None)

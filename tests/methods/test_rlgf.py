@@ -168,6 +168,17 @@ def test_where_an_answer_is_cut_does_not_depend_on_whether_it_is() -> None:
     assert max(cut) > 6
 
 
+@pytest.mark.parametrize("scheme", ["ppo_plus_plus", "aggrevated"])
+def test_answers_of_a_fixed_length_go_on_after_an_end_token(scheme: str) -> None:
+    """Where it stands among the ids before the switch, it is trained on if it is the policy's."""
+    episodes = sampled(n=32, scheme=scheme, beta=1.0, fixed_length=True)
+    turns = [e.turns[0] for e in episodes]
+    assert {len(turn.did) for turn in turns} == {12}
+    assert {e.status for e in episodes} == {Status.TRUNCATED}
+    assert {e.info["switch"] for e in episodes} == set(range(1, 12))
+    assert any(np.isin(turn.did, ENDS)[turn.token["trained"]][:-1].any() for turn in turns)
+
+
 def test_what_comes_before_the_switch_and_after_it_are_different_draws() -> None:
     alone, both = (written(sampled(guide=POLICY, beta=beta)) for beta in (0.0, 1.0))
     assert sum(a[0] == b[0] for a, b in zip(alone, both, strict=True)) < 8

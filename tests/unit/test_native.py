@@ -323,6 +323,18 @@ def test_what_is_cut_is_what_transformers_cuts(sampling: dict[str, Any]) -> None
     assert torch.equal(cut(logits.softmax(-1), Sampling(1, **sampling)) > 0, scores.isfinite())
 
 
+def test_with_ignore_eos_an_end_token_is_an_id_like_any_other() -> None:
+    """Every turn has the most ids that it may; up to the first end token, it is what it would have been."""
+    policy, views = eager_to_end("qwen2"), prompts(6, 9)
+    ended, whole = (generate(policy, views, keys(6, 6), Sampling(20, ignore_eos=on)) for on in (False, True))
+    pairs = [(a, b) for x, y in zip(ended, whole, strict=True) for a, b in zip(x, y, strict=True)]
+    assert any(len(a.did) < 20 for a, _ in pairs)
+    for a, b in pairs:
+        assert len(b.did) == 20
+        assert b.info["truncated"]
+        assert b.did[: len(a.did)].tolist() == a.did.tolist()
+
+
 def test_a_stop_string_ends_a_turn_with_the_id_that_completes_it() -> None:
     policy, views = model("qwen2"), prompts(6, 9)
     policy.end_ids = []

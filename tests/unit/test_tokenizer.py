@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rlx.models.language import LanguageModel
 from rlx.models.load import finish
@@ -80,6 +81,18 @@ def test_vocabulary_is_six_special_tokens_and_256_bytes() -> None:
     assert [tokenizer.encode(s, add_special_tokens=False) for s in specials] == [[0], [1], [2], [3], [4], [5]]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     assert tokenizer.decode([3, *tokenizer.encode("a"), 1], skip_special_tokens=True) == "a"
+
+
+def test_a_vocabulary_of_some_characters_has_no_others(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(only="cabé")
+    assert len(tokenizer) == 7 + 5
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = each.encode("<|user|>abcé<|end|>", add_special_tokens=False)
+        assert ids == [3, 7, 8, 9, 11, 10, 1]
+        assert each.decode(ids, skip_special_tokens=True) == "abcé"
+        assert each.encode("azb", add_special_tokens=False) == [7, 6, 8]
+        assert each.decode([7, 6, 8]) == "a<|unknown|>b"
 
 
 # --------------------------------------------------------------------------- what is trained on

@@ -16,6 +16,7 @@ from rlx.data.files import jsonl
 from rlx.data.formats import turn
 from rlx.data.rows import row_of
 from rlx.derive import rollout_correction
+from rlx.learner import NonFinite
 from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
@@ -82,6 +83,31 @@ def test_each_update_trains_its_model_at_its_time(tmp_path: Path) -> None:
     for name in out:
         assert any(not torch.equal(a, b) for a, b in zip(before[name], weights(after[name]), strict=True))
     assert after["critic"].offers == {"logp", "entropy", "value"}
+
+
+def test_an_update_whose_mask_is_empty_takes_no_step_and_the_others_do(tmp_path: Path) -> None:
+    """The actor's tokens are all taken out of its mask, which only the critic's mask has."""
+
+    def nothing(mask: Any) -> Any:
+        return torch.zeros_like(mask)
+
+    masks = [Component("nothing", nothing, ("mask",), into="no_mask")]
+    stage = two(derive=masks)
+    stage.updates["actor"].loss = [replace(PG, reads=("logp", "adv", "no_mask"))]
+    stage.run(context(tmp_path, "rl"))
+    rows = record(tmp_path, "rl")
+    assert ["actor/loss" in row for row in rows] == [False, False, False]
+    assert rows[-1]["spent/updates"] == 3 * 2
+
+
+def test_a_step_in_which_no_update_has_a_token_is_refused(tmp_path: Path) -> None:
+    def nothing(mask: Any) -> Any:
+        return torch.zeros_like(mask)
+
+    masks = [Component("nothing", nothing, ("mask",), into="no_mask")]
+    stage = online(by_sample, derive=masks, loss=[replace(PG, reads=("logp", "adv", "no_mask"))])
+    with pytest.raises(NonFinite, match="no token of this step is trained on: every mask is empty"):
+        stage.run(context(tmp_path, "rl"))
 
 
 def test_an_update_of_a_frozen_rate_changes_nothing(tmp_path: Path) -> None:

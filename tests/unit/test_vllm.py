@@ -56,7 +56,7 @@ class Core:
 
     def answer(self, prompt: list[int], p: Any) -> tuple[list[int], list[float], str, list[float]]:
         """ids, log-probs, reason, log-probs of the prompt after its first id."""
-        sampling = Sampling(p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p, tuple(p.stop))
+        sampling = Sampling(p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p, tuple(p.stop), ignore_eos=p.ignore_eos)
         ids = np.array(prompt)
         self.policy.end_ids = p.stop_token_ids or [0]
         ((turn,),) = native.generate(self.policy, [View(ids)], [[p.seed or 0]], sampling)
@@ -77,6 +77,7 @@ class SamplingParams:
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
     max_tokens: int = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -290,7 +291,9 @@ def engine(request: pytest.FixtureRequest, vllm: Core) -> Any:
     return lambda *given, **settings: server(*given, urls=[url], at_once=3, **settings)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(6), Sampling(5, 0.7, 9, 0.9, 0.01, ("e", "\n")), Sampling(4, 0.0)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(6), Sampling(5, 0.7, 9, 0.9, 0.01, ("e", "\n")), Sampling(4, 0.0), Sampling(6, ignore_eos=True)]
+)
 def test_turns_are_those_of_the_policy_s_weights(policy: Any, engine: Any, vllm: Core, sampling: Sampling) -> None:
     turns = engine(policy, VIEWS, KEYS, sampling)
     expected = native.generate(policy, VIEWS[:1], [[k % 2**63 for k in KEYS[0]]], sampling)
@@ -307,7 +310,8 @@ def test_turns_are_those_of_the_policy_s_weights(policy: Any, engine: Any, vllm:
     asked = [p for p in vllm.said if isinstance(p, SamplingParams) and p.prompt_logprobs is None]
     assert {p.seed for p in asked} == {2**63 - 1, 5, 7}
     assert all(p.logprobs == 0 and p.include_stop_str_in_output and not p.skip_special_tokens for p in asked)
-    assert all(p.stop_token_ids == list(policy.end_ids) for p in asked)
+    assert all(p.stop_token_ids == ([] if sampling.ignore_eos else list(policy.end_ids)) for p in asked)
+    assert all(p.ignore_eos == sampling.ignore_eos for p in asked)
 
 
 def test_weights_are_handed_over_once_each_time_they_change(policy: Any, engine: Any, vllm: Core) -> None:
