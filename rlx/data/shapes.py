@@ -110,11 +110,12 @@ def shapes(
     "nothing"). An answer has five sections (HEADINGS), of which the last holds the bare answer.
 
     Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the last
-    `demos` of train, answered in the five sections, `looks` times each) and `captions` (the scenes of train with a right
-    description alone). In a demonstration's description each thing is left out or said to have another colour or shape with
-    probability `error_rate`, one as often as the other, in each look anew; its reasoning is right about what the description
-    says. So with several looks one image has several answers, and only the description tells which. meta: `keywords` (the
-    names of the things there are), `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
+    `demos` of train, answered in the five sections; of `looks` of each, all but the first ask other questions) and `captions`
+    (the scenes of train with a right description alone). In a demonstration's description each thing is left out or said to
+    have another colour or shape with probability `error_rate`, one as often as the other, in each look anew; its reasoning is
+    right about what the description says. So several looks at an image differ, and only the description tells what follows.
+    meta: `keywords` (the names of the things there are), `vocabulary` (all names), `kind`, `things` (how many), and in
+    demonstrations `correct`.
     Everything is a function of the settings; `data_seed` draws it all.
 
     Raises ConfigError: a setting out of range.
@@ -313,8 +314,11 @@ def misseen(scene: Sequence[Thing], palette: Palette, error_rate: float, rng: np
 
 
 def demonstrated(row: Row, palette: Palette, error_rate: float, data_seed: int, group: int, look: int) -> Episode:
-    """The question with an answer whose description errs; every look at a scene errs in its own way."""
-    said = misseen(row.scene, palette, error_rate, np.random.default_rng([data_seed, row.number, 1 + look]))
+    """A question with an answer whose description errs; every further look asks another question and errs in its own way."""
+    rng = np.random.default_rng([data_seed, row.number, 1 + look])
+    said = misseen(row.scene, palette, error_rate, rng)
+    if look:
+        row = replace(row, question=draw_question(rng, palette, row.scene, KINDS[(row.number + look) % len(KINDS)]))
     right = answer(row.question, said) == answer(row.question, row.scene)
     return demonstration(row.episode(correct=right).task, group, [turn(trace(row.question, said))])
 
