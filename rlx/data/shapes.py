@@ -92,6 +92,7 @@ def shapes(
     dev: int = 200,
     test: int = 600,
     demos: int | None = 1500,
+    looks: int = 1,
     most: int = 5,
     colours: int = 5,
     kinds: int = 4,
@@ -108,11 +109,13 @@ def shapes(
     which of two colours or shapes there are more of (or "equal"), and what stands left of a thing in its row (or
     "nothing"). An answer has five sections (HEADINGS), of which the last holds the bare answer.
 
-    Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the first
-    `demos` of train, answered in the five sections) and `captions` (the scenes of train with a right description alone). In
-    a demonstration's description each thing is left out or said to have another colour or shape with probability
-    `error_rate`, one as often as the other; its reasoning is right about what the description says. meta: `keywords` (the
-    names of the things there are), `vocabulary` (all names), `kind`, `things` (how many), and in demonstrations `correct`.
+    Splits: train, dev and test (a question each, scenes of their own), `noisy` (test with `heavy_noise`), `demos` (the last
+    `demos` of train, answered in the five sections; of `looks` of each, all but the first ask other questions) and `captions`
+    (the scenes of train with a right description alone). In a demonstration's description each thing is left out or said to
+    have another colour or shape with probability `error_rate`, one as often as the other, in each look anew; its reasoning is
+    right about what the description says. So several looks at an image differ, and only the description tells what follows.
+    meta: `keywords` (the names of the things there are), `vocabulary` (all names), `kind`, `things` (how many), and in
+    demonstrations `correct`.
     Everything is a function of the settings; `data_seed` draws it all.
 
     Raises ConfigError: a setting out of range.
@@ -125,9 +128,10 @@ def shapes(
         raise ConfigError(
             f"expected 2 to {len(COLOURS)} colours and 2 to {len(SHAPES)} kinds of shapes, got {colours} and {kinds}"
         )
-    if min(train, demos or 1) < 1 or min(dev, test) < 0 or train + dev + test > SCENES:
+    if min(train, demos or 1, looks) < 1 or min(dev, test) < 0 or train + dev + test > SCENES:
         raise ConfigError(
-            f"expected dev and test of at least 0, demos and train of at least 1, got {dev}, {test}, {demos}, {train}"
+            "expected dev and test of at least 0, demos, looks and train of at least 1, "
+            f"got {dev}, {test}, {demos}, {looks}, {train}"
         )
     palette = Palette(tuple(COLOURS)[:colours], SHAPES[:kinds])
     draw = cache(partial(rows, palette=palette, most=most, data_seed=data_seed))  # splits of the same scenes share them
@@ -136,7 +140,9 @@ def shapes(
         {
             "captions": lambda: [captioned(row) for row in draw(0, train, noise)],
             "demos": lambda: [
-                demonstrated(row, palette, error_rate, data_seed) for row in draw(0, min(train, demos or train), noise)
+                demonstrated(row, palette, error_rate, data_seed, row.number * looks + look, look)
+                for row in draw(0, train, noise)[-(demos or train) :]
+                for look in range(looks)
             ],
             "train": lambda: [row.episode() for row in draw(0, train, noise)],
             "dev": lambda: [row.episode() for row in draw(held_out, dev, noise)],
@@ -307,11 +313,14 @@ def misseen(scene: Sequence[Thing], palette: Palette, error_rate: float, rng: np
     return said
 
 
-def demonstrated(row: Row, palette: Palette, error_rate: float, data_seed: int) -> Episode:
-    """The question with an answer whose description errs."""
-    said = misseen(row.scene, palette, error_rate, np.random.default_rng([data_seed, row.number, 1]))
+def demonstrated(row: Row, palette: Palette, error_rate: float, data_seed: int, group: int, look: int) -> Episode:
+    """A question with an answer whose description errs; every further look asks another question and errs in its own way."""
+    rng = np.random.default_rng([data_seed, row.number, 1 + look])
+    said = misseen(row.scene, palette, error_rate, rng)
+    if look:
+        row = replace(row, question=draw_question(rng, palette, row.scene, KINDS[(row.number + look) % len(KINDS)]))
     right = answer(row.question, said) == answer(row.question, row.scene)
-    return demonstration(row.episode(correct=right).task, row.number, [turn(trace(row.question, said))])
+    return demonstration(row.episode(correct=right).task, group, [turn(trace(row.question, said))])
 
 
 def captioned(row: Row) -> Episode:

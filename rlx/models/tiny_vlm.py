@@ -32,6 +32,9 @@ def tiny_vlm(
 
     A SigLIP vision tower reads `image` x `image` pixels in patches of `patch` x `patch`, a feature each; a projector of two
     layers makes them inputs of a Qwen2 decoder. The tokenizer is that of bytes, with `words` as tokens of their own.
+
+    The decoder's weights have standard deviation 1/sqrt(`hidden`): at the 0.02 of large models so narrow a decoder's attention
+    is even at first, and takes hundreds of steps to look anywhere.
     """
     from transformers import (
         AutoModelForImageTextToText,
@@ -72,6 +75,7 @@ def tiny_vlm(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
+            initializer_range=hidden**-0.5,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(image // patch) ** 2,

@@ -147,6 +147,29 @@ def test_demonstrations_misdescribe_at_the_error_rate_and_reason_rightly_about_w
     assert 0.6 < np.mean([row.task.meta["correct"] for row in rows]) < 0.9
 
 
+def test_demonstrations_are_of_the_last_scenes_and_each_look_errs_in_its_own_way() -> None:
+    source = shapes(train=60, demos=40, looks=3, error_rate=0.5)
+    rows, train = source.splits["demos"](), source.splits["train"]()
+    assert len({row.group for row in rows}) == len(rows) == 120
+    scenes = [rows[i : i + 3] for i in range(0, 120, 3)]
+    for looks, shown in zip(scenes, train[20:], strict=True):
+        assert all(same(row, shown) for row in looks)
+        assert looks[0].task.prompt[0].content[0] == shown.task.prompt[0].content[0]
+        assert len({row.task.meta["kind"] for row in looks}) == 3
+    assert sum(len({row.completion.splitlines()[0] for row in looks}) > 1 for looks in scenes) > 30
+
+
+def test_the_answer_of_a_demonstration_is_that_of_the_scene_it_describes() -> None:
+    wrong = 0
+    for row in shapes(train=200, demos=200, error_rate=0.5).splits["demos"]():
+        said = tuple(Thing(i + 1, *name.split()) for i, name in enumerate(cells(row.completion)) if name != ".")
+        kind, about = row.completion.splitlines()[1].removeprefix(f"{HEADINGS[1]} ").split(" ", 1)
+        stated = answer(Question(kind, tuple(about.split(" or "))), said)
+        assert row.completion.endswith(f"{HEADINGS[-1]} {stated}")
+        wrong += stated != row.task.answer
+    assert wrong > 40
+
+
 def cells(completion: str) -> list[str]:
     """The nine entries of a description."""
     words = completion.splitlines()[0].removeprefix(HEADINGS[0]).split()
@@ -162,7 +185,14 @@ def cells(completion: str) -> list[str]:
     [
         ({"error_rate": 1.5}, "error_rate: expected a probability from 0 to 1, got 1.5"),
         ({"most": 10}, "most: expected 1 to 9 shapes, got 10"),
-        ({"train": 0}, "expected dev and test of at least 0, demos and train of at least 1, got 200, 600, 1500, 0"),
+        (
+            {"train": 0},
+            "expected dev and test of at least 0, demos, looks and train of at least 1, got 200, 600, 1500, 1, 0",
+        ),
+        (
+            {"looks": 0},
+            "expected dev and test of at least 0, demos, looks and train of at least 1, got 200, 600, 1500, 0, 3000",
+        ),
     ],
 )
 def test_mistakes(settings: dict[str, float], message: str) -> None:
