@@ -6,14 +6,15 @@ of the files that it names, the code and the libraries. Two arms that agree on a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def execute(nodes: Sequence[Node], root: Path, jobs: int, trust: Sequence[str] =
         print(f"{len(waiting)} stages to run, {len({n.key for n in nodes}) - len(waiting)} done before", flush=True)
     free = slots()
     free = [free[i % len(free)] for i in range(jobs)] if jobs else free
-    running: dict[str, tuple[Node, subprocess.Popen[bytes], dict[str, str]]] = {}
+    running: dict[str, tuple[Node, ForkServerProcess, dict[str, str]]] = {}
     total, began = len(waiting), time.monotonic()
     try:
         with stoppable():
@@ -140,13 +141,13 @@ def execute(nodes: Sequence[Node], root: Path, jobs: int, trust: Sequence[str] =
                     node, slot = waiting.pop(key), free.pop()
                     running[key] = node, launch(node, root, slot, trust), slot
                 for key, (node, process, slot) in list(running.items()):
-                    if process.poll() is None:
+                    if process.is_alive():
                         continue
                     del running[key]
                     free.append(slot)
                     log = root / "stages" / key / "log.txt"
                     if not done(node, root):
-                        status = process.returncode
+                        status = process.exitcode
                         raise ConfigError(f"stage {key} failed (exit status {status}); its log is {log}:\n{tail(log)}")
                     finished = total - len(waiting) - len(running)
                     left = (time.monotonic() - began) / finished * (total - finished) / 60
@@ -157,7 +158,7 @@ def execute(nodes: Sequence[Node], root: Path, jobs: int, trust: Sequence[str] =
         for _, process, _ in running.values():
             process.terminate()
         for _, process, _ in running.values():
-            process.wait()
+            process.join()
 
 
 def done(node: Node, root: Path) -> bool:
@@ -165,7 +166,15 @@ def done(node: Node, root: Path) -> bool:
     return (node.folder(root) / node.stage / "DONE").is_file()
 
 
-def launch(node: Node, root: Path, slot: Mapping[str, str], trust: Sequence[str]) -> subprocess.Popen[bytes]:
+@functools.cache
+def forks() -> ForkServerContext:
+    """Processes that are forked from one that has imported what most stages need, which takes seconds, and has done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rlx.graph", "torch._dynamo", "transformers.models.qwen2.modeling_qwen2"])
+    return context
+
+
+def launch(node: Node, root: Path, slot: Mapping[str, str], trust: Sequence[str]) -> ForkServerProcess:
     """A one-thread process for one node, with links to its inputs where run_stage looks for them."""
     folder = node.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,10 +187,9 @@ def launch(node: Node, root: Path, slot: Mapping[str, str], trust: Sequence[str]
         pending += before.inputs
     (folder / "config.yaml").write_text(yaml.safe_dump(node.config, sort_keys=False), encoding="utf-8")
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (folder / "log.txt").open("wb") as log:
-        command = [sys.executable, "-m", "rlx.graph", str(folder), node.stage, node.code, *trust]
-        environment = {**os.environ, **threads, **slot}
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    process = forks().Process(target=carry_out, args=(folder, node.stage, node.code, tuple(trust), {**threads, **slot}))
+    process.start()
+    return process
 
 
 def seconds_of(folder: Path) -> float:
@@ -195,10 +203,17 @@ def tail(path: Path, lines: int = 8) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def main(folder: Path, stage: str, code: str, trust: Sequence[str]) -> None:
-    """One node in a process of its own. Raises ConfigError where the code is no longer what the node's key was made from."""
+def carry_out(folder: Path, stage: str, code: str, trust: Sequence[str], environment: Mapping[str, str]) -> None:
+    """One node in a process of its own, which says in log.txt what it says.
+
+    Raises ConfigError where the code is no longer what the node's key was made from.
+    """
     import torch
 
+    os.environ.update(environment)
+    with (folder / "log.txt").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if stage_code(config, stage) != code:
         raise ConfigError("the code of rlx changed while the claim ran; start it again")
@@ -213,7 +228,3 @@ def main(folder: Path, stage: str, code: str, trust: Sequence[str]) -> None:
     finally:
         tracker.finish()
     (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])
