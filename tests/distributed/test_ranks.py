@@ -79,7 +79,7 @@ OWN = """\
 import os, time, torch
 from rlx.marks import stateful, whole_batch
 from rlx.rollout.samplers import plain
-from rlx.types import Episode
+from rlx.types import ConfigError, Episode
 
 SECOND = os.environ.get("RANK") == "1"
 
@@ -104,9 +104,9 @@ def hungry(logp, mask):
     return -logp
 
 
-def raises(episodes):
+def refuses(episodes):
     if SECOND:
-        raise ValueError("a reward of mine")
+        raise ConfigError("a reward of mine")
     return [0.0 for _ in episodes]
 
 
@@ -347,12 +347,11 @@ def test_a_run_goes_on_under_another_launch(folder: Path, stopped: Path, one: Pa
 
 # --------------------------------------------------------------------------- in trouble
 def test_out_of_memory_starts_again_and_an_error_is_told_once(folder: Path) -> None:
-    """With half the token budget the first stage works; in the second, the reward of one rank raises."""
-    loss, reward = "stages.fit.loss=[./own.py:hungry]", "stages.rl.reward=[./own.py:raises]"
+    """With half the token budget the first stage works; in the second, the reward of one rank refuses what it is given."""
+    loss, reward = "stages.fit.loss=[./own.py:hungry]", "stages.rl.reward=[./own.py:refuses]"
     status, out, err = rlx(folder, "fit.yaml", *TWO, loss, reward, "run_dir=memory")
     assert status == 2, err
-    assert err.startswith("rlx: stages.rl.reward: reward 'raises' raised ValueError: a reward of mine (own.py line ")
-    assert err.count("\n") == 1
+    assert err == "rlx: a reward of mine\n"
     assert out.count("! starts again with half of each stage's token_budget") == 1
     assert out.splitlines()[-1] == "torch: False"
     run = folder / "memory"

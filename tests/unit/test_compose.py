@@ -192,8 +192,9 @@ def test_the_config_holds_the_sizes_of_a_named_model(mine):
 
 def test_a_smoke_test_keeps_the_kind_of_a_model_of_rlxs_own(mine):
     small = {"name": "tiny_t5", "layers": 2, "hidden": 32, "heads": 2, "ffn": 64}
-    assert compose(["rlgf", "scale=smoke"]).config["model"] == small
-    assert compose(["rlgf", "scale=smoke", "model.hidden=48"]).config["model"] == small | {"hidden": 48}
+    own = small | {"letters": "abcdefghijkl"}
+    assert compose(["rlgf", "scale=smoke"]).config["model"] == own
+    assert compose(["rlgf", "scale=smoke", "model.hidden=48"]).config["model"] == own | {"hidden": 48}
     assert compose(["parent", "scale=smoke", "model=tiny_t5"], mine).config["model"] == small
 
 

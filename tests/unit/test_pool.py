@@ -138,7 +138,7 @@ def test_an_episode_whose_worker_dies_is_asked_once_more(pool: Pool, tmp_path: P
 
 @pytest.mark.parametrize(
     ("starts", "said"),
-    [("echo 'no module named numpy' >&2; exit 1", "no module named numpy"), ("sleep 100", "it says nothing")],
+    [("echo 'no module named numpy' >&2; exit 1", "no module named numpy"), ("exec sleep 100", "it says nothing")],
 )
 def test_workers_that_do_not_start_are_a_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts: str, said: str
