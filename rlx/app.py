@@ -48,7 +48,8 @@ def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: 
     given = composed.config.pop("run_dir", None)
     run_dir = Path(str(given)) if given else default_run_dir(composed.config["recipe"])
     known = {"swapped": composed.swapped, "given": composed.given}
-    words = {"command": sys.argv, "overrides": composed.overrides, "sweep": sweep}
+    typed = [word for i, word in enumerate(sys.argv) if "--job-of" not in sys.argv[max(0, i - 1) : i + 1]]
+    words = {"command": typed, "overrides": composed.overrides, "sweep": sweep}
     carry_out(composed.config, known, run_dir, trust, **words)
 
 
@@ -224,7 +225,7 @@ def check(arguments: list[str], extra: Path | None, trust: list[str], *, every: 
         from rlx.first_batch import look
 
         for line in look(made):
-            print(line)
+            print(line, flush=True)
     print("ok")
 
 

@@ -143,19 +143,24 @@ def list_(
     family: Annotated[str, typer.Option(help="Only those of this folder of recipes/.")] = "",
     arxiv: Annotated[str, typer.Option(help="Only those of this paper, such as 2402.03300.")] = "",
     results: Annotated[bool, typer.Option("--results", help="Show recorded verdicts, and which are stale.")] = False,
+    names: Annotated[str, typer.Option(metavar="GROUP", help="What a recipe may name instead: loss, task, model, ...")] = "",
     recipes: Recipes = None,
 ) -> None:
-    """List the recipes, each with its purpose.
+    """List the recipes, or the names that one may use.
 
     \b
       rlx list
       rlx list grpo
+      rlx list --names loss
       rlx list --arxiv 2503.14476
       rlx list --family paper
     """
     from rlx import show
 
-    show.list_recipes(text, family, arxiv, recipes, results=results)
+    if names:
+        show.list_names(names, text)
+    else:
+        show.list_recipes(text, family, arxiv, recipes, results=results)
 
 
 @app.command()

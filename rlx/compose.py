@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,11 +222,13 @@ def compose(arguments: Sequence[str], extra: Path | None = None) -> Composed:
     header = {k: v for k, v in known[name].read().items() if k in HEADER}
     config = resolved({**full, **header, "recipe": name}, known[name].path)
     small = (config.get("caps") or {}).pop("model", {})
-    notices = apply_caps(config)
     given = frozenset(path for t in texts for path in given_paths(t))
+    notices = apply_caps(config, given)
     changed = frozenset(swapped(recipe_only, full))
     config["model"] = with_sizes(config.get("model"), given, swapped="model" in changed)
-    config["model"] = shrunken_model(config["model"], small, given)
+    whole, config["model"] = config["model"], shrunken_model(config["model"], small, given)
+    if less := [f"{k} {v}" for k, v in config["model"].items() if whole.get(k) != v]:
+        notices.append(f"scale={config['scale']} makes the model small: {', '.join(less)}")
     return Composed(config, list(arguments), changed, given, notices)
 
 
@@ -396,34 +399,47 @@ def swapped(old: Any, new: Any, path: str = "") -> list[str]:
     return []
 
 
-def apply_caps(config: dict[str, Any]) -> list[str]:
-    """Hold every stage to the sizes of `scale`; a line that says which caps bite."""
-    bites: dict[str, int] = {}
+def apply_caps(config: dict[str, Any], given: Collection[str] = ()) -> list[str]:
+    """Hold every stage to the sizes of `scale`, but for what the user has `given`; a line that says what is not as written."""
     caps: dict[str, Any] = config.pop("caps", None) or {}
+    bites: dict[str, int] = {}
+    changed: list[str] = []
+    filled: dict[str, None] = {}
 
     def cap(node: Any, path: str) -> None:
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if isinstance(value, dict | list):
                 cap(value, f"{path}.{key}")
             elif (size := str(key).rpartition(".")[2]) in caps and isinstance(value, int) and value > caps[size]:
-                node[key] = caps[size]
-                bites[size] = caps[size]
+                node[key] = value if f"{path}.{key}" in given else bites.setdefault(size, caps[size])
 
     stages = config.get("stages")
     stages = stages if isinstance(stages, dict) else {}
     cap(stages, "stages")
-    held = ", ".join(f"{size} {most}" for size, most in bites.items())
     claim = config.get("claim")
+    held = dict(bites)
     for key in ("common", "arms"):  # what a claim's arms change is held to the same sizes, without a word
         cap(claim.get(key) or {} if isinstance(claim, dict) else {}, f"claim.{key}")
-    rounds = [s.get("stages") for s in stages.values() if isinstance(s, dict)]  # those of a repeat are stages, too
-    for stage in [*stages.values(), *(s for inner in rounds if isinstance(inner, dict) for s in inner.values())]:
+    places = {f"stages.{name}": stage for name, stage in stages.items() if isinstance(stage, dict)}
+    for path, stage in list(places.items()):  # the stages of a repeat are stages, too
+        inner = stage.get("stages")
+        places |= {f"{path}.stages.{name}": s for name, s in (inner if isinstance(inner, dict) else {}).items()}
+    for path, stage in places.items():
         kind = stage.get("kind") if isinstance(stage, dict) else None
         for key, value in ((caps.get("set") or {}).get(kind) or {}).items():
-            stage[key] = value
-        for key, value in ((caps.get("unset") or {}).get(kind) or {}).items():
-            stage.setdefault(key, value)
-        if isinstance(stage, dict) and isinstance(stage.get("eval"), dict):
-            for key, value in ((caps.get("unset") or {}).get("evaluate") or {}).items():
-                stage["eval"].setdefault(key, value)
-    return [f"scale={config.get('scale')} holds the stages to at most {held}"] if held else []
+            if f"{path}.{key}" not in given:
+                changed += [f"{path}.{key} is {json.dumps(value)}"] if stage.get(key, value) != value else []
+                stage[key] = value
+        measures = stage.get("eval") if isinstance(stage, dict) else None
+        for node, of in ((stage, kind), (measures, "evaluate")):
+            for key, value in ((caps.get("unset") or {}).get(of) or {}).items():
+                if isinstance(node, dict) and key not in node:
+                    node[key] = value
+                    filled[f"{key} {value}"] = None
+    sizes = ", ".join(f"{size} {most}" for size, most in held.items())
+    said = [
+        *([f"holds the stages to at most {sizes}"] if sizes else []),
+        *([f"sets {', '.join(filled)} where there is none"] if filled else []),
+        *changed,
+    ]
+    return [f"scale={config.get('scale')} {'; '.join(said)}; what you give yourself stays"] if said else []

@@ -252,7 +252,8 @@ def losses(stage: Fit | Online, models: Models, episodes: list[Episode], where: 
         if bad := {key: value for key, value in values.items() if not math.isfinite(value)}:
             raise ConfigError("\n".join(f"{at}.loss: {key!r} is {value} on the first batch" for key, value in bad.items()))
         shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        yield f"loss of {len(batch.inputs)} rows with random weights: {shown}" + (f" ({name})" if name else "")
+        flat = " (all advantages are 0: equal rewards teach nothing)" if "adv" in batch and not batch["adv"].any() else ""
+        yield f"loss of {len(batch.inputs)} rows with random weights: {shown}{flat}" + (f" ({name})" if name else "")
 
 
 def spread(counts: list[int]) -> str:

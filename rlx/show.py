@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rlx.catalogue import CATALOGUE
 from rlx.compose import RecipeFile, as_written, compose, recipes
+from rlx.paths import PACKAGE
+from rlx.types import ConfigError
 
 if TYPE_CHECKING:
     from rlx.types import Episode, TextPolicy
@@ -34,6 +38,26 @@ def list_recipes(text: str, family: str, arxiv: str, extra: Path | None, *, resu
         print(f"{recipe.name:{width}}  {node.get('purpose', '')}{verdict}")
 
 
+def list_names(group: str, text: str) -> None:
+    """One line a name of a group of the catalogue. Raises ConfigError where there is no such group."""
+    if group not in CATALOGUE:
+        raise ConfigError(f"--names {group}: there is no such group; groups are {', '.join(CATALOGUE)}")
+    found = {name: first_line(target) for name, target in CATALOGUE[group].items()}
+    shown = {name: line for name, line in found.items() if text.lower() in f"{name} {line}".lower()}
+    for name, line in shown.items():
+        print(f"{name:{max(map(len, shown))}}  {line}")
+
+
+def first_line(target: str) -> str:
+    """The first line of the docstring of a component, `module:attr`; the module is read, not imported."""
+    module, _, attr = target.partition(":")
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == attr]
+    return (ast.get_docstring(nodes[0]) or "").partition("\n")[0] if nodes else ""
+
+
 def recorded(name: str, known: dict[str, RecipeFile]) -> str:
     """The verdict in docs/results, and whether the code has changed since."""
     from rlx.claims import recorded_verdict, settings_hash
@@ -53,6 +77,8 @@ def show_recipe(arguments: list[str], extra: Path | None) -> None:
     print(f"# {composed.config['recipe']}: {config.pop('purpose', '')}")
     if needs := config.pop("requires", None):
         print("# needs: " + ", ".join(f"{k} {v}" for k, v in needs.items()))
+    for line in composed.notices:
+        print(f"# note: {line}")
     for row in config.pop("published", None) or []:
         print(f"# published: {row['setting']}: {row['metric']} {row.get('control', '-')} -> {row['method']} ({row['source']})")
     for path, source in (config.pop("sources", None) or {}).items():

@@ -51,6 +51,11 @@ def test_list_filters(rlx):
     assert "small" not in rlx("list", "--arxiv", "2402.03300").out
     assert "grpo_math" in rlx("list", "--arxiv", "2402.03300").out
     assert rlx("list", "--family", "mine").out == "small  two steps of each stage\n"
+    names = rlx("list", "--names", "reduce").out
+    assert names.startswith("token_mean  sum_i sum_t x_it / tokens: every token weighs the same (DAPO")
+    assert rlx("list", "--names", "reduce", "grpo").out.split() == next(x for x in names.splitlines() if "GRPO" in x).split()
+    wrong = rlx("list", "--names", "los")
+    assert (wrong.status, "--names los: there is no such group; groups are stage, loss, " in wrong.err) == (2, True)
     assert rlx("list", "nothing has this text").out == "no recipe matches; `rlx list` shows all\n"
 
 

@@ -26,7 +26,7 @@ def test_a_recipe_by_path(tmp_path: Path) -> None:
     for word in ("mine/capitals.yaml", "recipe=./mine/capitals.yaml"):
         done = rlx("train", word, "scale=smoke", "seed=1", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "note: scale=smoke holds the stages to at most steps 2, rows_per_step 2\n" in done.stdout
+        assert "note: scale=smoke holds the stages to at most steps 2, rows_per_step 2; sets limit 64" in done.stdout
     runs = list((tmp_path / "runs" / "capitals").iterdir())
     assert len(runs) == 2
     sweep = rlx("train", "-m", "mine/capitals.yaml", "scale=smoke", "seed=1,2", "run_dir=sweep", cwd=tmp_path)

@@ -84,7 +84,9 @@ def test_caps_hold_every_stage_and_say_so():
         "caps": {"steps": 2, "unset": {"evaluate": {"limit": 4}}},
         "stages": {"a": {"steps": 9, "eval": {"every": 1}}, "b": {"steps": 1, "kind": "evaluate"}},
     }
-    assert apply_caps(config) == ["scale=smoke holds the stages to at most steps 2"]
+    assert apply_caps(config) == [
+        "scale=smoke holds the stages to at most steps 2; sets limit 4 where there is none; what you give yourself stays"
+    ]
     assert config["stages"] == {
         "a": {"steps": 2, "eval": {"every": 1, "limit": 4}},
         "b": {"steps": 1, "kind": "evaluate", "limit": 4},
@@ -119,7 +121,9 @@ def test_what_a_scale_gives_where_the_recipe_gives_nothing():
             "gone": None,
         },
     }
-    assert apply_caps(config) == []
+    assert apply_caps(config) == [
+        "scale=None sets limit 64, limit 4, max_new_tokens 8 where there is none; what you give yourself stays"
+    ]
     assert config["stages"] == {
         "sft": {"kind": "fit", "limit": 64, "eval": {"every": 1, "limit": 4, "max_new_tokens": 8}},
         "short": {"kind": "fit", "limit": 2},
@@ -188,6 +192,17 @@ def test_the_config_holds_the_sizes_of_a_named_model(mine):
     assert compose(["parent", "model.hidden=64"], mine).config["model"] == {"name": "tiny", **sizes, "layers": 2, "hidden": 64}
     smoke = compose(["grpo_math", "scale=smoke"]).config["model"]
     assert smoke == {"name": "tiny", "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64}
+
+
+def test_what_the_user_gives_stays_whatever_the_scale_says():
+    keep = "stages.rl.keep=[{name: correct}]"
+    composed = compose(["grpo_math", "scale=smoke", keep, "stages.rl.steps=5", "stages.test.limit=7"])
+    stages = composed.config["stages"]
+    assert (stages["rl"]["keep"], stages["rl"]["steps"], stages["test"]["limit"]) == ([{"name": "correct"}], 5, 7)
+    assert stages["rl"]["prompts_per_step"] == 2
+    held, model = compose(["dapo", "scale=smoke"]).notices
+    assert "; stages.rl.keep is []; " in held
+    assert model == "scale=smoke makes the model small: layers 2, hidden 32, heads 2, kv_heads 2, ffn 64"
 
 
 def test_a_smoke_test_keeps_the_kind_of_a_model_of_rlxs_own(mine):

@@ -26,7 +26,7 @@ from rlx.cli import by_path
 from rlx.compose import as_written, compose, recipes
 from rlx.paths import CONF, PACKAGE, RECIPES
 from rlx.plan import plan
-from rlx.show import table_of_recipes
+from rlx.show import first_line, table_of_recipes
 from rlx.types import FIELDS, Component
 
 ROOT = PACKAGE.parent
@@ -179,6 +179,7 @@ def test_every_name_of_the_catalogue_is_there(group: str) -> None:
     for target in CATALOGUE[group].values():
         module, _, attr = target.partition(":")
         assert callable(getattr(importlib.import_module(module), attr)), target
+        assert first_line(target), f"{target} has no docstring for `rlx list --names {group}`"
 
 
 def parameters(target: object) -> list[tuple[str, str]]:
