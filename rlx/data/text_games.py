@@ -24,6 +24,7 @@ def twenty_questions(
     table: Literal["mini", "ten"] = "mini",
     horizon: int = 12,
     demos: int = 1000,
+    facts: int = 10000,
     train: int = 1000,
     dev: int = 64,
     test: int = 256,
@@ -32,13 +33,14 @@ def twenty_questions(
     """Name a secret object by yes-or-no questions: prompt "Questions:", answers "Yes." and "No.", `horizon` questions.
 
     -1 for each question, 0 for the one that names the object. In every split objects are equally frequent. `demos` are
-    played by asking any question or naming any object, each equally likely. The objects are those of a table
+    played by asking any question or naming any object, each equally likely. `facts` say what answers mean, in the place of
+    a pretrained model's knowledge of language: see `fact`. The objects are those of a table
     (rlx/envs/twenty_questions.py). `data_seed` draws orders and demonstrations.
 
     Raises ConfigError: a setting out of range.
     """
-    if min(horizon, demos, train, dev, test) < 1:
-        raise ConfigError(f"expected horizon and sizes of at least 1, got {(horizon, demos, train, dev, test)}")
+    if min(horizon, demos, facts, train, dev, test) < 1:
+        raise ConfigError(f"expected horizon and sizes of at least 1, got {(horizon, demos, facts, train, dev, test)}")
     objects, questions = TABLES[table]
     said = [*questions, *map(guess, objects)]
     make = partial(TwentyQuestions, table, horizon)
@@ -53,6 +55,7 @@ def twenty_questions(
     return TaskSource(
         {
             "demos": lambda: played(make, tasks(0, demos), lambda env, rng: said[rng.integers(len(said))], data_seed),
+            "facts": lambda: [fact(table, horizon, i, np.random.default_rng([data_seed, 8, i])) for i in range(facts)],
             "train": lambda: questions_of(tasks(1, train)),
             "dev": lambda: questions_of(tasks(2, dev)),
             "test": lambda: questions_of(tasks(3, test)),
@@ -61,6 +64,33 @@ def twenty_questions(
         make_env=make,
         max_new_tokens=max(map(len, said)) + 4,
     )
+
+
+def fact(table: str, horizon: int, group: int, rng: np.random.Generator) -> Episode:
+    """A conversation that says what is known: of each question whether the answers so far leave it open, and what is left.
+
+    Prompt "Facts:". Up to `horizon - 1` questions, each with "Yes.", "No." or "Maybe." for what its answer can be, then the
+    answer for a secret object. Last, to "Left?", the objects of which all answers are true, in any order: "Is it a horse? a
+    cow?" Half of the questions name an object; nothing here says which question is a good one.
+    """
+    objects, questions = TABLES[table]
+    true = {**questions, **{guess(name): frozenset({name}) for name in objects}}
+    secret, left = objects[rng.integers(len(objects))], frozenset(objects)
+    kinds = [list(questions), [guess(name) for name in objects if name != secret]]
+    ask = Message("user", "Left?")
+    rounds = int(rng.integers(horizon))
+    turns = []
+    for i in range(rounds):
+        question = str(rng.choice(kinds[rng.integers(2)]))
+        yes, no = left & true[question], left - true[question]
+        known = "Maybe." if yes and no else "Yes." if yes else "No."
+        left = yes if secret in true[question] else no
+        reply = Message("user", "Yes." if secret in true[question] else "No.")
+        turns.append(turn(f"{question} {known}", (reply, *([ask] if i == rounds - 1 else []))))
+    named = [guess(name).removeprefix("Is it") for name in rng.permutation(sorted(left))]
+    turns.append(turn("Is it" + "".join(named)))
+    opening = Message("user", "Facts:")
+    return demonstration(Task((opening,) if rounds else (opening, ask)), group, turns)
 
 
 def maze(

@@ -34,6 +34,7 @@ def tiny(
     ffn: int = 512,
     words: list[str] | None = None,
     context: int = 1024,
+    init: float = 0.02,
     dtype: Dtype = "fp32",
     lora: Lora | None = None,
     activation_checkpointing: bool = False,
@@ -42,7 +43,8 @@ def tiny(
 ) -> LanguageModel:
     """A small decoder of the Qwen2 architecture with random weights (drawn from `seed`).
 
-    The tokenizer is that of bytes, with `words` as tokens of their own.
+    The tokenizer is that of bytes, with `words` as tokens of their own. `init` is the standard deviation of the first weights:
+    0.02 is that of large models, with which a small one attends to everything alike for long; hidden ** -0.5 is not.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -55,6 +57,7 @@ def tiny(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
+        initializer_range=init,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

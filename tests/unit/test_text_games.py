@@ -177,6 +177,26 @@ def test_objects_are_equally_frequent() -> None:
     assert {secrets.count(name) for name in TABLES["mini"][0]} == {10}
 
 
+def test_facts_are_true_of_the_conversation() -> None:
+    """Of each question, whether an object that is left has the one answer and another the other; last, all that are left."""
+    objects, questions = TABLES["mini"]
+    true = {**questions, **{guess(name): {name} for name in objects}}
+    seen = set()
+    for row in twenty_questions(facts=60).splits["facts"]():
+        left = set(objects)
+        for t in row.turns[:-1]:
+            question, known = t.said.text.rsplit(" ", 1)
+            answers = {name in true[question] for name in left}
+            assert known == ("Maybe." if len(answers) == 2 else "Yes." if answers == {True} else "No.")
+            left = {name for name in left if (name in true[question]) == (t.replies[0].text == "Yes.")}
+            seen.add(known)
+        told = [*row.task.prompt, *(m for t in row.turns[:-1] for m in t.replies)]
+        assert [m.text == "Left?" for m in told] == [False] * (len(told) - 1) + [True]
+        last = row.turns[-1].said.text.removeprefix("Is it a ").removesuffix("?").split("? a ")
+        assert sorted(last) == sorted(left)
+    assert seen == {"Maybe.", "Yes.", "No."}
+
+
 def test_a_cut_episode_pays_for_the_turns_that_are_left() -> None:
     demo = twenty_questions(demos=1).splits["demos"]()[0]
     whole = Episode(demo.task, 0, demo.turns[:2], Status.FINISHED)
