@@ -70,8 +70,8 @@ def fact(table: str, horizon: int, group: int, rng: np.random.Generator) -> Epis
     """A conversation that says what is known: of each question whether the answers so far leave it open, and what is left.
 
     Prompt "Facts:". Up to `horizon - 1` questions, each with "Yes.", "No." or "Maybe." for what its answer can be, then the
-    answer for a secret object. Last, to "Left?", the objects of which all answers are true, in any order: "Is it a horse? a
-    cow?" Half of the questions name an object; nothing here says which question is a good one.
+    answer for a secret object. Last, to "Left?", the objects of which all answers are true, in any order: "Is it a
+    horse?Is it a cow?" Half of the questions name an object; nothing here says which question is a good one.
     """
     objects, questions = TABLES[table]
     true = {**questions, **{guess(name): frozenset({name}) for name in objects}}
@@ -87,8 +87,7 @@ def fact(table: str, horizon: int, group: int, rng: np.random.Generator) -> Epis
         left = yes if secret in true[question] else no
         reply = Message("user", "Yes." if secret in true[question] else "No.")
         turns.append(turn(f"{question} {known}", (reply, *([ask] if i == rounds - 1 else []))))
-    named = [guess(name).removeprefix("Is it") for name in rng.permutation(sorted(left))]
-    turns.append(turn("Is it" + "".join(named)))
+    turns.append(turn("".join(guess(name) for name in rng.permutation(sorted(left)))))
     opening = Message("user", "Facts:")
     return demonstration(Task((opening,) if rounds else (opening, ask)), group, turns)
 

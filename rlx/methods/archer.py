@@ -54,6 +54,7 @@ def utterance_advantage(
     turn: Tensor,
     turn_mask: Tensor,
     mask: Tensor,
+    turn_done: Tensor,
     *,
     of: Literal["fresh", "stored"] = "fresh",
     center: bool = False,
@@ -61,13 +62,17 @@ def utterance_advantage(
     """A = min(Q, Q2)(s, a) - min(V, V2)(s) on every token of a freshly drawn utterance: (N,T), in units of reward (eq. 4).
 
     0 on the stored utterances: their policy is not the one in training. With `of: stored` it is the other way round: what
-    `advantage_weighted` imitates is in the data. `center` takes off the mean over these utterances: the twins differ more in
-    Q than in V, so the difference of their minima is below 0 in the mean, and a policy that learns fast flees from all that
-    it says.
+    `advantage_weighted` imitates is in the data. A fresh utterance that the token limit cut (`turn_done` is 0 on it) is as
+    bad as the worst of the others: such utterances are rare in the buffer, so that their Q is a guess. `center` takes off the
+    mean over these utterances: the twins differ more in Q than in V, so the difference of their minima is below 0 in the mean,
+    and a policy that learns fast flees from all that it says.
     """
     chosen = (fresh if of == "fresh" else ~fresh)[:, None]
     own = turn_mask & chosen
     by_turn = inside(torch.minimum(critic_q, critic_q2) - torch.minimum(critic_v, critic_v2), own)
+    cut = own & fresh[:, None] & (turn_done == 0)
+    if (own & ~cut).any():
+        by_turn = torch.where(cut, by_turn[own & ~cut].min(), by_turn)
     if center:
         by_turn = inside(by_turn - by_turn.sum() / own.sum().clamp(min=1), own)
     by_token = by_turn.gather(1, turn.clamp(min=0))

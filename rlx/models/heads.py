@@ -57,6 +57,13 @@ class Heads(nn.Module):
         self.load_state_dict(saved, strict=False)
         self.drawn -= {key.split(".")[1] for key in saved}
 
+    @torch.no_grad()
+    def begin(self, bias: float) -> None:
+        """Have the heads that were drawn, and have a bias, say about `bias` at first."""
+        for name in self.drawn:
+            if self.linear[name].bias is not None:
+                self.linear[name].bias.fill_(bias)
+
     def save(self, folder: Path) -> None:
         """Write the heads beside a model, with what each reads."""
         from safetensors.torch import save_file

@@ -82,6 +82,8 @@ class Sources:
             model = spec.model or self.model
             policy = model.call() if "seed" in model.settings else model.call(seed=self.seed)
             policy = policy if not spec.heads else policy.with_heads(spec.heads, seed)
+        if spec.bias:
+            policy.heads.begin(spec.bias)
         freeze(policy, spec.freeze, f"stages.{self.name}")
         if hasattr(policy, "engine"):
             policy.engine = self.rollout.call if self.rollout is not None else generate

@@ -32,12 +32,14 @@ class ModelSpec:
 
     `heads` maps names to what they read (HEADS in rlx/types.py). An ema target is p <- decay p + (1 - decay) q after each
     update of the model that it follows. `mix` maps models to their weights in a geometric mixture, token by token.
+    `bias` is what heads that no checkpoint has begin with: about the mean return, where 0 would be far from it.
     `freeze` names parts that are not trained, such as `vision_tower`: words of the weights' dotted names.
     """
 
     from_: ModelRef | None = None
     model: Component[Model] | None = None
     heads: dict[str, str] = field(default_factory=dict)
+    bias: float = 0.0
     lora: Lora | None = None
     add_tokens: list[str] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)

@@ -62,7 +62,7 @@ TURN = torch.tensor([[0, 0, -1, 1, -1, 2], [0, -1, -1, -1, -1, -1], [-1, -1, -1,
 
 def test_the_advantage_of_an_utterance_is_that_of_each_of_its_tokens() -> None:
     other = torch.full((3, 3), -5.0)
-    adv = utterance_advantage(Q, other, V, V + 1, FRESH, TURN, TURN_MASK, TURN >= 0)
+    adv = utterance_advantage(Q, other, V, V + 1, FRESH, TURN, TURN_MASK, TURN >= 0, DONE)
     expected = torch.zeros(3, 6)
     expected[2, 3:5] = -5.0 - -1.0  # min(-4, -5) - min(-1, 0)
     torch.testing.assert_close(adv, expected)
@@ -70,10 +70,23 @@ def test_the_advantage_of_an_utterance_is_that_of_each_of_its_tokens() -> None:
 
 def test_centered_advantages_of_fresh_utterances_have_a_mean_of_0() -> None:
     fresh, turn = torch.tensor([False, True, True]), torch.tensor([[0, 1, 2], [0, 0, -1], [-1, 1, -1]])
-    adv = utterance_advantage(Q, Q, V, V, fresh, turn, TURN_MASK, turn >= 0, center=True)
+    adv = utterance_advantage(Q, Q, V, V, fresh, turn, TURN_MASK, turn >= 0, torch.ones(3, 3), center=True)
     # Q - V is 3 at the fresh utterance of two tokens and -3 at that of one: their mean is 0 before, and after a shift of Q
     torch.testing.assert_close(adv, torch.tensor([[0.0, 0, 0], [3, 3, 0], [0, -3, 0]]))
-    torch.testing.assert_close(utterance_advantage(Q - 5, Q - 5, V, V, fresh, turn, TURN_MASK, turn >= 0, center=True), adv)
+    torch.testing.assert_close(
+        utterance_advantage(Q - 5, Q - 5, V, V, fresh, turn, TURN_MASK, turn >= 0, torch.ones(3, 3), center=True), adv
+    )
+
+
+def test_a_fresh_utterance_that_was_cut_is_as_bad_as_the_worst_of_the_others() -> None:
+    fresh, turn = torch.tensor([False, True, True]), torch.tensor([[0, 1, 2], [0, 0, -1], [-1, 1, -1]])
+    q, done = torch.where(FRESH[:, None], 5.0, Q), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    adv = utterance_advantage(q, q, V, V, fresh, turn, TURN_MASK, turn >= 0, done)
+    torch.testing.assert_close(adv, torch.tensor([[0.0, 0, 0], [3, 3, 0], [0, 3, 0]]))  # 5 - -1 = 6 would be the critic's
+    done[2, 1] = 1.0
+    torch.testing.assert_close(
+        utterance_advantage(q, q, V, V, fresh, turn, TURN_MASK, turn >= 0, done)[2, 1], torch.tensor(6.0)
+    )
 
 
 def test_turn_returns_by_hand() -> None:
@@ -109,7 +122,7 @@ def test_the_mean_advantage_is_0_where_v_is_the_mean_of_q() -> None:
     v = (probs * q).sum().expand(3, 1)
     turn = torch.zeros(3, 1, dtype=torch.long)
     mask = turn == 0
-    adv = utterance_advantage(q[:, None], q[:, None], v, v, torch.ones(3, dtype=torch.bool), turn, mask, mask)
+    adv = utterance_advantage(q[:, None], q[:, None], v, v, torch.ones(3, dtype=torch.bool), turn, mask, mask, mask)
     assert float((probs[:, None] * adv).sum()) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -146,8 +159,8 @@ def test_turns_outside_the_mask_change_nothing() -> None:
     value_of_fresh(v, q, FRESH, TURN_MASK).sum().backward()
     assert v.grad is not None
     assert torch.isfinite(v.grad).all()
-    adv = utterance_advantage(q, q, v.detach(), v.detach(), FRESH, TURN, TURN_MASK, TURN >= 0)
-    torch.testing.assert_close(adv, utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0))
+    adv = utterance_advantage(q, q, v.detach(), v.detach(), FRESH, TURN, TURN_MASK, TURN >= 0, DONE)
+    torch.testing.assert_close(adv, utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, DONE))
 
 
 def test_the_actors_loss_is_a_sum_over_the_tokens_of_an_utterance() -> None:
@@ -174,18 +187,20 @@ def test_the_actors_gradient_is_linear_in_the_advantage(policy: LanguageModel) -
 
 # --------------------------------------------------------------------------- offline
 def test_offline_the_advantage_is_that_of_the_stored_utterances() -> None:
-    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, of="stored")
+    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, DONE, of="stored")
     expected = torch.zeros(3, 6)
     expected[0, :2], expected[0, 3], expected[0, 5], expected[1, 1] = -0.5, -0.5, 1.5, 0.0
     expected[1, 0] = 3.0
     torch.testing.assert_close(adv, expected)
-    fresh = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0)
-    torch.testing.assert_close(adv + fresh, utterance_advantage(Q, Q, V, V, FRESH | True, TURN, TURN_MASK, TURN >= 0))
+    fresh = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, DONE)
+    torch.testing.assert_close(
+        adv + fresh, utterance_advantage(Q, Q, V, V, FRESH | True, TURN, TURN_MASK, TURN >= 0, torch.ones(3, 3))
+    )
 
 
 def test_offline_utterances_are_imitated_by_the_advantage_of_the_whole() -> None:
     """Weights exp(lambda A) = exp(-1), exp(3) and exp(6) on every token of an utterance; with lambda 0, plain BC."""
-    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, of="stored")[:2]
+    adv = utterance_advantage(Q, Q, V, V, FRESH, TURN, TURN_MASK, TURN >= 0, DONE, of="stored")[:2]
     logp, mask = torch.full((2, 6), -1.0), TURN[:2] >= 0
     expected = torch.zeros(2, 6)
     expected[0, :2], expected[0, 3], expected[0, 5], expected[1, 0] = math.exp(-1), math.exp(-1), math.exp(3), math.exp(6)

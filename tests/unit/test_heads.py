@@ -145,3 +145,15 @@ def test_only_heads_are_trained_where_only_they_are_read(small: LanguageModel) -
     grads = {name: p.grad is not None for name, p in small.module.named_parameters()}
     assert not grads["lm_head.weight"]
     assert len(small.parameters()) == len(grads) + 7
+
+
+def test_heads_that_were_drawn_begin_with_a_bias(tmp_path: Path) -> None:
+    """Not those of a checkpoint, and not that of the last position, which has none."""
+    Heads({"value": "token"}, 8, 0).save(tmp_path)
+    heads = Heads({"value": "token", "q": "after_turn", "score": "last"}, 8, 1)
+    heads.load(tmp_path)
+    heads.begin(-6.0)
+    assert {name: x.item() for name, x in heads.state_dict().items() if name.endswith("bias")} == {
+        "linear.value.bias": 0.0,
+        "linear.q.bias": -6.0,
+    }
