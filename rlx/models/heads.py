@@ -60,9 +60,9 @@ class Heads(nn.Module):
     @torch.no_grad()
     def begin(self, bias: float) -> None:
         """Have the heads that were drawn, and have a bias, say about `bias` at first."""
-        for name in self.drawn:
-            if self.linear[name].bias is not None:
-                self.linear[name].bias.fill_(bias)
+        for name, weight in self.linear.named_parameters():
+            if name.endswith("bias") and name.removesuffix(".bias") in self.drawn:
+                weight.fill_(bias)
 
     def save(self, folder: Path) -> None:
         """Write the heads beside a model, with what each reads."""
