@@ -77,7 +77,8 @@ def checks(result: Result) -> list[str]:
             else "no"
         )
         each = ", ".join(f"{v:.3f}" for v in o.values)
-        lines.append(f"| {o.check} | {mean:.3f} | [{mean - half:.3f}, {mean + half:.3f}] | {each} | {holds} |")
+        within = "-" if math.isnan(half) else f"[{mean - half:.3f}, {mean + half:.3f}]"
+        lines.append(f"| {o.check} | {mean:.3f} | {within} | {each} | {holds} |")
     if result.claim.margins:
         lines += ["", f"Margins: {result.claim.margins}."]
     return lines
@@ -97,7 +98,7 @@ def arms(result: Result) -> list[str]:
         cells = []
         for metric, at in columns:
             mean, half = interval([value_at(result.runs[arm, s], metric, at) for s in result.seeds])
-            cells.append("-" if math.isnan(mean) else f"{mean:.3f} +- {half:.3f}")
+            cells.append("-" if math.isnan(mean) else "never on some seed" if math.isinf(mean) else f"{mean:.3f} +- {half:.3f}")
         total = spent(result.runs[arm, result.seeds[0]])
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {total['steps']:.0f} | {total['rollouts']:.0f} |")
     return [*lines, "", "Last values unless said otherwise; mean and half-width of the 95 % interval over seeds."]
