@@ -48,7 +48,10 @@ def train(arguments: list[str], extra: Path | None, trust: list[str], *, sweep: 
     given = composed.config.pop("run_dir", None)
     run_dir = Path(str(given)) if given else default_run_dir(composed.config["recipe"])
     known = {"swapped": composed.swapped, "given": composed.given}
-    typed = [word for i, word in enumerate(sys.argv) if "--job-of" not in sys.argv[max(0, i - 1) : i + 1]]
+    typed = list(sys.argv)
+    if sweep:  # an option that nobody types
+        at = typed.index("--job-of")
+        del typed[at : at + 2]
     words = {"command": typed, "overrides": composed.overrides, "sweep": sweep}
     carry_out(composed.config, known, run_dir, trust, **words)
 
@@ -309,9 +312,12 @@ def reproduce(
     root = Path("runs") / "reproduce" / name
     # What was changed by hand is no result of the recipe: it stays with its runs unless the user says where it goes.
     folder = out or (root if changes or seed_problems(claim, chosen) else Path("docs") / "results")
-    with alone(root, "claim"):
-        result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
-        page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
+    try:
+        with alone(root, "claim"):
+            result = run_claim(config, claim, root, seeds=chosen, jobs=jobs, trust=trust)
+            page, text = record(result, composed.config, folder, command=sys.argv, slug=name)
+    except KeyboardInterrupt as end:
+        raise Failed("interrupted; the same command goes on, stages that are done are not run again", status_of(end)) from None
     print(text)
     print(f"result: {page}   runs: {root / 'runs'}")
     return EXIT_STATUS[result.verdict]

@@ -116,6 +116,18 @@ def test_a_claim_is_run_by_one_process_at_a_time(rlx):
         assert lock.read_text() == str(os.getpid())
 
 
+def test_an_interrupted_claim_says_how_to_go_on(rlx):
+    claim(max=5.0)
+    command = [sys.executable, "-m", "rlx.cli", *FIRST, "--recipes", "mine"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ) as child:
+        while child.poll() is None and not any(Path("runs").glob("reproduce/claimed/stages/*")):
+            time.sleep(0.02)
+        child.terminate()
+        _, err = child.communicate()
+    said = "rlx: interrupted; the same command goes on, stages that are done are not run again\n"
+    assert (child.returncode, err) == (143, said)
+
+
 @pytest.mark.parametrize(
     ("check", "said"),
     [

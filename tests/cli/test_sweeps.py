@@ -48,7 +48,8 @@ def test_four_jobs_a_report_and_a_restart(rlx):
     ]
     assert sorted(p.name for p in Path("sweep").iterdir()) == ["0", "1", "2", "3", "jobs.jsonl", "multirun.yaml", "sweep.json"]
     assert sorted(p.name for p in Path().iterdir()) == ["mine", "sweep"]
-    assert json.loads(Path("sweep/2/run.json").read_text())["sweep"] == "sweep"
+    info = json.loads(Path("sweep/2/run.json").read_text())
+    assert (info["sweep"], "--job-of" in info["command"]) == ("sweep", False)
     page = rlx("report", "sweep")
     assert (page.status, page.out) == (0, "sweep/report.html\n")
     assert "stages.rl.lr=0.0003" in Path("sweep/report.html").read_text()
