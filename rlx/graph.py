@@ -125,8 +125,13 @@ def slots() -> list[dict[str, str]]:
     return [{} for _ in os.sched_getaffinity(0)]
 
 
-def execute(nodes: Sequence[Node], root: Path, jobs: int, trust: Sequence[str] = ()) -> None:
-    """Run each distinct node that is not done, inputs first. Raises ConfigError when one fails; ends its processes with it."""
+def execute(whose: Mapping[str, Sequence[Node]], root: Path, jobs: int, trust: Sequence[str] = ()) -> None:
+    """Run each distinct node that is not done, inputs first; `whose` has them by whom they are for, which is shown.
+
+    Raises ConfigError when one fails; ends its processes with it.
+    """
+    nodes = [node for own in whose.values() for node in own]
+    users = {n.key: [name for name, own in whose.items() if any(n.key == x.key for x in own)] for n in nodes}
     waiting = {n.key: n for n in nodes if not done(n, root)}
     if waiting:
         print(f"{len(waiting)} stages to run, {len({n.key for n in nodes}) - len(waiting)} done before", flush=True)
@@ -146,13 +151,16 @@ def execute(nodes: Sequence[Node], root: Path, jobs: int, trust: Sequence[str] =
                     del running[key]
                     free.append(slot)
                     log = root / "stages" / key / "log.txt"
+                    first, *others = users[key]
+                    who = f"{node.stage} of {first}"
                     if not done(node, root):
                         status = process.exitcode
-                        raise ConfigError(f"stage {key} failed (exit status {status}); its log is {log}:\n{tail(log)}")
+                        raise ConfigError(f"stage {who} failed (exit status {status}); its log is {log}:\n{tail(log)}")
                     finished = total - len(waiting) - len(running)
                     left = (time.monotonic() - began) / finished * (total - finished) / 60
                     took = seconds_of(log.parent)
-                    print(f"  {finished}/{total}  {key}  {took:.0f} s   about {left:.0f} min left", flush=True)
+                    also = f" and {len(others)} more" if others else ""
+                    print(f"  {finished}/{total}  {who}{also}  {took:.0f} s   about {left:.0f} min left", flush=True)
                 time.sleep(0.05)
     finally:
         for _, process, _ in running.values():

@@ -103,17 +103,17 @@ def in_ranks(model: Sizes, reference: Sizes | None, stage: int, ranks: int, *, o
     room = min((torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())), default=None)
     if room is not None and 4 * model.weights > room:
         raise ConfigError(
-            f"launch: each rank samples with whole weights, {gigabytes(4 * model.weights)} when they are read, and a GPU has "
-            f"{gigabytes(room)}; take a smaller model; vLLM divides them where it "
+            f"launch: each rank samples with whole weights, {amount(4 * model.weights)} when they are read, and a GPU has "
+            f"{amount(room)}; take a smaller model; vLLM divides them where it "
             "samples (rollout=vllm_server), but a rank needs them whole to hand them over"
         )
     away = f"; {in_host(reference)} for each of them" if reference and offloaded else ""
-    return [f"each of {ranks} ranks: {gigabytes(stays)} stay, {gigabytes(copy)} of them the whole weights to sample with{away}"]
+    return [f"each of {ranks} ranks: {amount(stays)} stay, {amount(copy)} of them the whole weights to sample with{away}"]
 
 
 def in_host(reference: Sizes) -> str:
     """Where an offloaded reference is, in words."""
-    return f"reference {gigabytes(4 * reference.weights)} in the host's memory"
+    return f"reference {amount(4 * reference.weights)} in the host's memory"
 
 
 def activations(model: Sizes, tokens: int) -> int:
@@ -182,11 +182,11 @@ def estimate(
     cache = rollouts(real, decoded, prompt + answer)
     asked = 4 * reference.weights + heads if reference and offloaded else 0
     parts = [
-        f"weights, gradient, AdamW{', reference' if reference and not offloaded else ''} {gigabytes(stays)}",
-        f"a unit's logits {gigabytes(heads)} and activations {gigabytes(layers)}",
-        *([f"rollouts of {decoded} rows {gigabytes(cache)}"] if decoded else []),
+        f"weights, gradient, AdamW{', reference' if reference and not offloaded else ''} {amount(stays)}",
+        f"a unit's logits {amount(heads)} and activations {amount(layers)}",
+        *([f"rollouts of {decoded} rows {amount(cache)}"] if decoded else []),
         *([in_host(reference)] if reference and offloaded else []),
-        f"at the peak {gigabytes(stays + max(heads + layers, cache, asked))}",
+        f"at the peak {amount(stays + max(heads + layers, cache, asked))}",
     ]
     return [
         f"largest batch: {many(rows, 'row')} of {prompt} + {answer} tokens {split} (token_budget {budget})",
@@ -196,17 +196,17 @@ def estimate(
 
 def machine() -> str:
     """What this machine has."""
-    host = f"{gigabytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
+    host = f"{amount(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory"
     cards = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        cards.append(f"{torch.cuda.get_device_name(i)} with {gigabytes(free)} of {gigabytes(total)} free")
+        cards.append(f"{torch.cuda.get_device_name(i)} with {amount(free)} of {amount(total)} free")
     return f"{host}, {', '.join(cards) or 'no GPU'}"
 
 
-def gigabytes(size: int) -> str:
-    """Bytes in units of 1e9, one decimal."""
-    return f"{size / 1e9:.1f} GB"
+def amount(size: int) -> str:
+    """Bytes in units of 1e9, or of 1e6 where they are few, one decimal."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def many(number: int, noun: str) -> str:

@@ -46,10 +46,10 @@ class Lab:
     jobs: int = 0
     trust: Sequence[str] = ()
 
-    def run(self, cells: Mapping[Any, dict[str, Any]], needs: Sequence[str]) -> dict[Any, list[Node]]:
+    def run(self, configs: Mapping[str, dict[str, Any]], needs: Sequence[str]) -> dict[str, list[Node]]:
         """The needed stages of each config, trained."""
-        nodes = {cell: graph(config, needs, self.trust) for cell, config in cells.items()}
-        execute([n for found in nodes.values() for n in found], self.root, self.jobs, self.trust)
+        nodes = {name: graph(config, needs, self.trust) for name, config in configs.items()}
+        execute(nodes, self.root, self.jobs, self.trust)
         return nodes
 
 
@@ -78,23 +78,30 @@ def tune(config: dict[str, Any], claim: Claim, lab: Lab) -> tuple[dict[str, dict
     if not claim.tune:
         return {arm: {} for arm in claim.names}, {}
     grid, objective = claim.settings(), config["objective"]
-    cells = {
-        (arm, i, seed): arm_config(config, claim, arm, setting, seed)
+    trials = {
+        trial(arm, setting, seed): arm_config(config, claim, arm, setting, seed)
         for arm in claim.names
-        for i, setting in enumerate(grid)
+        for setting in grid
         for seed in claim.tune_seeds
     }
-    nodes = lab.run(cells, [objective.partition("/")[0]])
+    print(f"tuning: {len(claim.names)} arms x {len(grid)} settings x {len(claim.tune_seeds)} seeds", flush=True)
+    nodes = lab.run(trials, [objective.partition("/")[0]])
     sign = -1.0 if lower_is_better(objective) else 1.0
     best, tried = {}, {}
     for arm in claim.names:
         scores = []
         for i, setting in enumerate(grid):
-            runs = [arm_run(lab.root, f"tune-{arm}-{i}", seed, nodes[arm, i, seed]) for seed in claim.tune_seeds]
+            own = {seed: nodes[trial(arm, setting, seed)] for seed in claim.tune_seeds}
+            runs = [arm_run(lab.root, f"tune-{arm}-{i}", seed, found) for seed, found in own.items()]
             scores.append((setting, fmean(value_at(run, objective, "last") for run in runs)))
         tried[arm] = scores
         best[arm] = max(scores, key=lambda pair: -math.inf if math.isnan(pair[1]) else sign * pair[1])[0]
     return best, tried
+
+
+def trial(arm: str, setting: Mapping[str, Any], seed: int) -> str:
+    """A run that tunes, in words."""
+    return ", ".join([arm, *(f"{path}={value}" for path, value in setting.items()), f"seed {seed}"])
 
 
 def train(
@@ -102,9 +109,10 @@ def train(
 ) -> dict[tuple[str, int], Run]:
     """Every arm on every seed, stages shared where all that decides them is equal."""
     needs = list(dict.fromkeys(m.partition("/")[0] for m in claim.metrics))
-    cells = {(arm, s): arm_config(config, claim, arm, tuned[arm], s) for s in seeds for arm in claim.names}
-    nodes = lab.run(cells, needs)
-    return {(arm, seed): arm_run(lab.root, arm, seed, nodes[arm, seed]) for arm, seed in cells}
+    cells = [(arm, seed) for seed in seeds for arm in claim.names]
+    print(f"claim: {len(claim.names)} arms x {len(seeds)} seeds", flush=True)
+    nodes = lab.run({f"{arm}, seed {s}": arm_config(config, claim, arm, tuned[arm], s) for arm, s in cells}, needs)
+    return {(arm, seed): arm_run(lab.root, arm, seed, nodes[f"{arm}, seed {seed}"]) for arm, seed in cells}
 
 
 def arm_config(config: dict[str, Any], claim: Claim, arm: str, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:

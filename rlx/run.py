@@ -340,7 +340,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The revision of the code that runs, and whether it has local changes; None outside a checkout."""
+    """The revision of the code that runs, and whether there are local changes to it; None outside a checkout."""
     git = shutil.which("git")
     if git is None or not (PACKAGE.parent / ".git").exists():
         return None
@@ -352,7 +352,7 @@ def git_revision() -> str | None:
     head = ask("rev-parse", "--short=12", "HEAD")
     if not head:
         return None
-    return head + (" (with local changes)" if ask("status", "--porcelain") else "")
+    return head + (" (with local changes)" if ask("status", "--porcelain", "--", ":!docs") else "")
 
 
 def versions() -> dict[str, str]:

@@ -329,6 +329,8 @@ def headline(metrics: Mapping[str, float]) -> str:
     if "reward" not in metrics and "loss" in metrics:
         parts.insert(0, f"loss {short(metrics['loss'])}")
     parts += [f"{k[5:]} {short(v)}" for k, v in metrics.items() if k.startswith("eval/") and k not in SHOWN]
+    if failed := metrics.get("reward/failures"):
+        parts.append(f"failures {failed:.0f}")
     return "  ".join(parts)
 
 

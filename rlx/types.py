@@ -425,13 +425,23 @@ class TextPolicy(Policy, Protocol):
 
     def decode(self, ids: Ids) -> str: ...
 
-    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
+    def act(
+        self, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None
+    ) -> list[list[Turn]]: ...
+
+
+Ended = Callable[[int, Turn], object]  # is told of a turn, and its number among all, when it ends
 
 
 class Rollout(Protocol):
-    """The engine that samples: `len(keys[i])` next turns of each view, whose draws depend on their keys alone."""
+    """The engine that samples: `len(keys[i])` next turns of each view, whose draws depend on their keys alone.
 
-    def __call__(self, policy: Any, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]: ...
+    It may tell `ended` of a turn before others have ended.
+    """
+
+    def __call__(
+        self, policy: Any, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None
+    ) -> list[list[Turn]]: ...
 
 
 class Optim(Protocol):
@@ -450,8 +460,9 @@ class Model(Protocol):
 class Play:
     """What a sampler plays with: the policy, the stage's other models by name, environments, and the stage's own rewards.
 
-    `score` pays the stage's rewards for any episodes (it fills rewards, paid and reward). `pools` are the stage's buffers.
-    Draws depend on `seed`, which no other step or stage has, and on nothing else.
+    `score` pays the stage's rewards for any episodes (it fills rewards, paid and reward); `ended` is told of episodes as they
+    end, so that costly rewards are worked out meanwhile. `pools` are the stage's buffers. Draws depend on `seed`, which no
+    other step or stage has, and on nothing else.
     """
 
     policy: Any
@@ -463,6 +474,7 @@ class Play:
     score: Callable[[list[Episode]], None] = lambda episodes: None
     pools: Mapping[str, Sequence[Episode]] = field(default_factory=dict)
     step: int = 0
+    ended: Callable[[Episode], object] = lambda episode: None
 
 
 class Sampler(Protocol):

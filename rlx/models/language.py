@@ -22,14 +22,14 @@ from rlx.models.heads import Heads, saved_heads
 from rlx.models.parts import packed_parts, padded_parts
 from rlx.models.reader import DynamicReader, Memory, Reader
 from rlx.models.shared import SharedReader
-from rlx.types import Batch, DataError, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
+from rlx.types import Batch, DataError, Ended, Episode, Floats, Ids, Image, Message, Sampling, Status, Tokens, Turn, View
 
 NO_LOGP: Floats = np.zeros(0, np.float32)
 
 Span = tuple[int, int]
 
-# (policy, views, keys of the draws, sampling) -> turns: the native engine, or another with the same contract
-Engine = Callable[["LanguageModel", list[View], list[list[int]], Sampling], list[list[Turn]]]
+# (policy, views, keys of the draws, sampling, who is told) -> turns: the native engine, or another with the same contract
+Engine = Callable[["LanguageModel", list[View], list[list[int]], Sampling, "Ended | None"], list[list[Turn]]]
 
 
 class LanguageModel:
@@ -213,11 +213,11 @@ class LanguageModel:
         """The text of the ids, without special tokens."""
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
-        """`len(keys[i])` next turns of each view, by the engine that the policy was given."""
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None) -> list[list[Turn]]:
+        """`len(keys[i])` next turns of each view, by the engine that the policy was given, which may tell `ended` of each."""
         if self.engine is None:
             raise RuntimeError("this policy was given no rollout engine")
-        return self.engine(self, views, keys, sampling)
+        return self.engine(self, views, keys, sampling, ended)
 
     def reader(self, views: Sequence[View], counts: Sequence[int], longest: int) -> Reader:
         """The views, `counts[i]` rows for view i, ready to be followed by turns of at most `longest` ids."""

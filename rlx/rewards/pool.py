@@ -54,7 +54,7 @@ def unscored(error: Exception) -> Unscored:
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call
     own = [frame for frame in frames if frame.filename == frames[0].filename]  # also where a library that it calls raised
     line = f"{Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
-    return Unscored(f"raised {type(error).__name__}: {error}", line, "".join(traceback.format_exception(error)))
+    return Unscored(f"raised {type(error).__name__}: {error}", line, "".join(traceback.format_exception(error, chain=False)))
 
 
 # --------------------------------------------------------------------------- which rewards
@@ -110,29 +110,32 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.threads = ThreadPoolExecutor(size, "rewards")
-        self.known: dict[bytes, Future[Any]] = {}
+        self.known: dict[bytes, tuple[Future[Any], bool]] = {}
         self.own = threading.local()
         self.workers: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.closed = False
         self.begun = False  # whether a worker has ever started
 
-    def send(self, call: Any, episodes: Sequence[Episode]) -> list[Future[Any]]:
+    def send(self, call: Any, episodes: Sequence[Episode], *, ahead: bool = False) -> list[Future[Any]]:
         """For each episode what a marked reward will answer: a number, or one for each turn.
 
-        The future raises Unscored where there is none, ConfigError where the reward refuses its settings or its task.
+        `ahead`: they will be sent once more, by who waits for the answers. The future raises Unscored where there is none,
+        ConfigError where the reward refuses its settings or its task.
         """
         call = meant(call)
         limit = float(settings(call).get("timeout", SECONDS))
-        return [self.asked(pickle.dumps((call, bare(episode), limit)), limit) for episode in episodes]
+        requests = [pickle.dumps((call, bare(episode), limit)) for episode in episodes]
+        found = {request: self.asked(request, limit, ahead) for request in dict.fromkeys(requests)}
+        return [found[request] for request in requests]
 
-    def asked(self, request: bytes, limit: float) -> Future[Any]:
-        """The answer to a request that is known, or is on its way; what could not be scored is asked anew."""
+    def asked(self, request: bytes, limit: float, ahead: bool) -> Future[Any]:
+        """The answer to a request that is known, or is on its way; what failed is asked anew once it has been waited for."""
         key = hashlib.sha256(request).digest()
-        found = self.known.pop(key, None)
-        if found is None or (found.done() and found.exception() is not None):
+        found, waits = self.known.pop(key, (None, False))
+        if found is None or (not waits and found.done() and found.exception() is not None):
             found = self.threads.submit(self.answer, request, limit)
-        self.known[key] = found  # the last to be forgotten
+        self.known[key] = found, ahead  # the last to be forgotten
         if len(self.known) > KNOWN:
             del self.known[next(iter(self.known))]
         return found
@@ -197,8 +200,7 @@ class Pool:
     def end(self, worker: subprocess.Popen[bytes], line: Connection) -> None:
         """Kill a worker of this thread."""
         self.own.worker = None
-        worker.kill()
-        worker.wait()
+        kill(worker)
         line.close()
         with self.lock:
             self.workers.discard(worker)
@@ -209,8 +211,14 @@ class Pool:
             self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.workers):
-            worker.kill()
-            worker.wait()
+            kill(worker)
+
+
+def kill(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker and what it has started, which is in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def read(reply: dict[str, Any]) -> Any:

@@ -72,8 +72,9 @@ def _gold(episode: Episode) -> str:
 
 
 def _same(gold: str, said: str, method: str) -> bool:
-    if answers.same_answer(gold, said) or method == "exact":
-        return answers.same_answer(gold, said)
+    same = answers.same_answer(gold, said)
+    if same or method == "exact":
+        return same
     from rlx.rewards.latex import same_math
 
     return same_math(gold, said)

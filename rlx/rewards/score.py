@@ -25,6 +25,13 @@ def score(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: 
     show(episodes, rewards, where)
 
 
+def ahead(rewards: Sequence[Component[Reward]], episode: Episode) -> None:
+    """Have the workers begin with an episode that has ended; `pay` asks for what they found."""
+    for reward in rewards:
+        if goes_to_workers(reward.call):
+            pool().send(reward.call, [episode], ahead=True)
+
+
 def pay(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: str) -> None:
     """Fill `rewards` (name -> unweighted total), `paid` (weighted, by turn) and `reward` (weighted total), group by group.
 
@@ -107,7 +114,7 @@ def show(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: s
         place = f"{failure.line}, " if failure.line else ""
         what = f"{where}: reward {name!r} {failure.reason} ({place}on the prompt {prompt(episode)})"
         if len(failures) == len(episodes) and all(why.trace for why, _ in failures):
-            raise ConfigError(what) from failure
+            raise ConfigError(f"{what}; it raises on every episode ({len(failures)} of {len(episodes)})") from failure
         if (where, name) not in told:
             told.add((where, name))
             print(f"! {what}; such episodes are left out, and counted as failures\n{failure.trace}", end="", flush=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rlx import world
 from rlx.models.cache import kept
@@ -17,17 +16,20 @@ from rlx.models.reader import Reader, check_room
 from rlx.models.shared import SharedReader
 from rlx.rollout.draws import draw
 from rlx.rollout.samples import Job, Samples
-from rlx.types import Message, Sampling, Turn, View
+from rlx.types import Ended, Sampling, Turn, View
 
 FREE = 8  # new prompts are read when one in so many rows is free: several at a time are cheaper than one by one
 
 
-def generate(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+def generate(
+    policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None
+) -> list[list[Turn]]:
     """`len(keys[i])` next turns of each view; at most `sampling.rows` are decoded at a time, and the others wait.
 
-    A turn's `info["truncated"]` says that the limit cut it. A view's prefix counts among the turn's `max_new_tokens` ids; the
-    Turn has those after it. `logp` is that of the tokens under softmax(logits / temperature) before anything is cut (which
-    changes what is drawn, not what is scored), or at temperature 1 for greedy decoding: what the training forward computes.
+    `ended` is told of each turn when it ends, with its number among all, while others are decoded. A turn's
+    `info["truncated"]` says that the limit cut it. A view's prefix counts among the turn's `max_new_tokens` ids; the Turn has
+    those after it. `logp` is that of the tokens under softmax(logits / temperature) before anything is cut (which changes
+    what is drawn, not what is scored), or at temperature 1 for greedy decoding: what the training forward computes.
     Raises ValueError for a prefix that leaves no room for an id after it.
     """
     if long := [len(view.prefix) for view in views if len(view.prefix) >= sampling.max_new_tokens]:
@@ -38,14 +40,19 @@ def generate(policy: LanguageModel, views: list[View], keys: list[list[int]], sa
         for start in range(0, len(own), sampling.rows)
     )
     turns: list[Turn] = []
+
+    def tell(i: int, turn: Turn) -> None:
+        if ended is not None:
+            ended(len(turns) + i, turn)
+
     while waiting:
-        turns += decode(policy, waiting, sampling)
+        turns += decode(policy, waiting, sampling, tell)
     starts = np.cumsum([0, *(len(own) for own in keys)]).tolist()
     return [turns[a:b] for a, b in itertools.pairwise(starts)]
 
 
 @torch.inference_mode()
-def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> list[Turn]:
+def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling, tell: Ended) -> list[Turn]:
     """The turns of the jobs that wait, or of those that a reader takes, one after the other.
 
     A finished row leaves the batch, and where the reader `joins`, rows that wait take its place. Draws are by inverse CDF on
@@ -57,7 +64,7 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
     ahead_of_each = [*reader.ahead, *(np.zeros(0, np.int64) for _ in later)]
     state = Samples.of([*jobs, *later], ahead_of_each, sampling, policy.device)
     ends = torch.tensor([] if sampling.ignore_eos else policy.end_ids, dtype=torch.long, device=policy.device)
-    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
+    turns: dict[int, Turn] = {}
     while True:
         world.progress()
         alive = torch.from_numpy(reader.seats.copy()).to(policy.device)
@@ -67,30 +74,34 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling) -> li
         if state.given.shape[1]:
             given = state.given[alive, step.clamp(max=state.given.shape[1] - 1)]
             token = torch.where(step < ahead, given, token)
-        drawn.append((alive, token, logp))
+        state.token[alive, at], state.logp[alive, at] = token, logp
         ended = torch.isin(token, ends)
         if sampling.stop:
             ended |= state.stopped(policy, alive, token, step >= ahead, sampling.stop)
         ended &= step >= ahead
         state.steps[alive], state.ended[alive] = step + 1, ended
-        rows = kept((~ended & (at + 1 < sampling.max_new_tokens)).cpu().numpy())
-        if len(rows) < len(alive):
+        stays = (~ended & (at + 1 < sampling.max_new_tokens)).cpu().numpy()
+        rows = kept(stays)
+        over = reader.seats[~stays].tolist()
+        if over:
             reader.keep(rows)
             token = token[torch.from_numpy(rows).to(policy.device)]
         if len(rows):
             reader.read(token)
+        for i, turn in zip(over, state.turns(policy, over), strict=True):
+            turns[i] = turn
+            tell(i, turn)
         room = sampling.rows - len(rows)
         if waiting and reader.joins and (room * FREE >= sampling.rows) and (more := taken(waiting, room)):
             reader.join([job.view for job in more], [len(job.keys) for job in more])
             jobs += more
         elif not len(rows):
             break
-    turns = to_turns(policy, jobs, state, drawn)
     if policy.memory is not None and isinstance(reader, SharedReader):
-        views = [job.view for job in jobs for _ in job.keys]
-        read = [np.concatenate([views[i].ids, views[i].prefix, turns[i].did]) for i in reader.cache.seats]
+        seats: list[int] = reader.cache.seats.tolist()
+        read = [np.concatenate([state.views[i].ids, state.views[i].prefix, turns[i].did]) for i in seats]
         policy.memory.store(reader, read)
-    return turns
+    return [turns[i] for i in range(len(turns))]
 
 
 def taken(waiting: deque[Job], room: int) -> list[Job]:
@@ -111,18 +122,3 @@ def begun(policy: LanguageModel, jobs: Sequence[Job], longest: int) -> Reader:
         if len(found) == len(views):
             return SharedReader.resumed(policy.memory, found, counts, longest)
     return policy.reader(views, counts, longest)
-
-
-def to_turns(policy: LanguageModel, jobs: Sequence[Job], state: Samples, drawn: Sequence[tuple[Tensor, ...]]) -> list[Turn]:
-    """One Turn a sample, of the (samples, ids, log-probs) that were drawn step by step; ids ahead of a sample's own go."""
-    who, token, logp = (torch.cat(parts).cpu().numpy() for parts in zip(*drawn, strict=True))
-    order = np.argsort(who, kind="stable")
-    cuts, ahead = np.cumsum(state.steps.cpu().numpy())[:-1], state.ahead.tolist()
-    did = [ids[n:] for ids, n in zip(np.split(token[order], cuts), ahead, strict=True)]
-    scored = [x[n:] for x, n in zip(np.split(logp[order], cuts), ahead, strict=True)]
-    texts = policy.tokenizer.batch_decode(did, skip_special_tokens=True)
-    views = [job.view for job in jobs for _ in job.keys]
-    return [
-        Turn(view.ids, ids, lp, said=Message("assistant", text), info={"truncated": not ended})
-        for view, ids, lp, text, ended in zip(views, did, scored, texts, state.ended.cpu().numpy(), strict=True)
-    ]

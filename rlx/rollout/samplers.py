@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from rlx.envs.single import SingleTurn
 from rlx.models.language import with_said
 from rlx.models.reader import remembering
 from rlx.rollout.noise import key
@@ -13,6 +15,7 @@ from rlx.types import (
     Component,
     ConfigError,
     DataError,
+    Ended,
     Env,
     Episode,
     Ids,
@@ -60,9 +63,16 @@ def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[lis
     """Play episodes on until they end: all that still run take their next turn in one batch.
 
     `talks` are their conversations so far, and samples of a task follow each other, `n` of each. What the environment
-    replies is rendered as an extension of the tokens so far.
+    replies is rendered as an extension of the tokens so far. `play.ended` is told of each episode when it ends: if its
+    environment has nothing to say, while the turns of others are decoded.
     """
     running, turn = [i for i, e in enumerate(episodes) if e.status is Status.RUNNING], 0
+
+    def ended(k: int, own: Turn) -> None:
+        i = running[k]
+        if type(envs[i]) is SingleTurn:
+            play.ended(replace(episodes[i], turns=[own], status=status(own)))
+
     with remembering(play.policy):
         while running:
             taken = take(
@@ -72,9 +82,12 @@ def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[lis
                 play,
                 (turn,),
                 [i % n for i in running],
+                ended,
             )
             for i, own in zip(running, taken, strict=True):
                 talks[i] = answer(episodes[i], envs[i], talks[i], own)
+                if episodes[i].status is not Status.RUNNING and type(envs[i]) is not SingleTurn:
+                    play.ended(episodes[i])
             running = [i for i in running if episodes[i].status is Status.RUNNING]
             turn += 1
     for episode in episodes:
@@ -88,10 +101,12 @@ def take(
     play: Play,
     draw: tuple[int, ...],
     samples: Sequence[int],
+    ended: Ended | None = None,
 ) -> list[Turn]:
     """The next turn of each episode, none of them played yet. Equal views are read once.
 
-    An episode's draws depend on the play's seed, on `draw`, on its group and on its number among the group's `samples`.
+    `ended` may be told of a turn and its episode's place before all have ended. An episode's draws depend on the play's seed,
+    on `draw`, on its group and on its number among the group's `samples`.
     """
     prompts: dict[tuple[Message, ...], Ids] = {}
     views: dict[tuple[bytes, tuple[int, ...]], tuple[View, list[int]]] = {}
@@ -100,7 +115,8 @@ def take(
         views.setdefault((view.ids.tobytes(), tuple(map(id, view.images))), (view, []))[1].append(i)
     order = [i for _, members in views.values() for i in members]
     keys = [[key(*play.seed, *draw, episodes[i].group, samples[i]) for i in members] for _, members in views.values()]
-    played = policy.act([view for view, _ in views.values()], keys, play.sampling)
+    tell = None if ended is None else lambda k, turn: ended(order[k], turn)
+    played = policy.act([view for view, _ in views.values()], keys, play.sampling, tell)
     turns = dict(zip(order, (turn for row in played for turn in row), strict=True))
     for i, turn in turns.items():
         before = sum(len(t.seen) + len(t.did) for t in episodes[i].turns)
@@ -132,9 +148,8 @@ def answer(episode: Episode, env: Env, talk: list[Message], turn: Turn) -> list[
     episode.turns.append(turn)
     if not (reply.done or reply.messages):
         raise ConfigError(f"environment {type(env).__name__}: its reply is neither done nor holds a message")
-    cut = bool(turn.info["truncated"])
-    if reply.done or cut:
-        episode.status = Status.TRUNCATED if cut else Status.FINISHED
+    if reply.done or turn.info["truncated"]:
+        episode.status = status(turn)
     return [*with_said(talk, said), *reply.messages]
 
 
@@ -158,8 +173,13 @@ def resampled(
     for episode, (turn,) in zip(made, played, strict=True):
         turn.seen = turn.seen[sum(len(t.seen) + len(t.did) for t in episode.turns) :]
         episode.turns.append(turn)
-        episode.status = Status.TRUNCATED if turn.info["truncated"] else Status.FINISHED
+        episode.status = status(turn)
     return made
+
+
+def status(last: Turn) -> Status:
+    """How an episode with this last turn has ended."""
+    return Status.TRUNCATED if last.info["truncated"] else Status.FINISHED
 
 
 def frozen(turn: Turn) -> Turn:

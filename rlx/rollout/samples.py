@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlx.rollout.noise import uniforms
-from rlx.types import Ids, Sampling, View
+from rlx.types import Ids, Message, Sampling, Turn, View
 
 
 class Job(NamedTuple):
@@ -24,17 +24,20 @@ class Job(NamedTuple):
 
 @dataclass
 class Samples:
-    """Of N samples, in the order in which they begin.
+    """Of N samples, in the order in which they begin, each of one of `views`.
 
     noise (N,L): a uniform for each position of the turn. begun, ahead (N,): ids of the turn that are given, and how many of
-    them the reader has yet to read, `given` (N,A). steps, ended (N,): ids read or drawn so far, and whether the last ends the
-    turn. tail (N,B): the last ids, where a stop string is looked for.
+    them the reader has yet to read, `given` (N,A). token, logp (N,L): the turn so far. steps, ended (N,): ids read or drawn so
+    far, and whether the last ends the turn. tail (N,B): the last ids, where a stop string is looked for.
     """
 
+    views: list[View]
     noise: Tensor
     begun: Tensor
     ahead: Tensor
     given: Tensor
+    token: Tensor
+    logp: Tensor
     steps: Tensor
     ended: Tensor
     tail: Tensor
@@ -43,13 +46,16 @@ class Samples:
     def of(cls, jobs: Sequence[Job], ahead: Sequence[Ids], sampling: Sampling, device: torch.device) -> Samples:
         """Samples that have not begun; `ahead` are the ids of each job that the reader has yet to read."""
         rows = torch.from_numpy(np.repeat(np.arange(len(jobs)), [len(job.keys) for job in jobs])).to(device)
-        num = len(rows)
+        num, longest = len(rows), sampling.max_new_tokens
         window = max((len(stop.encode()) for stop in sampling.stop), default=0)
         return cls(
-            noise=torch.from_numpy(uniforms([k for job in jobs for k in job.keys], sampling.max_new_tokens)).to(device),
+            views=[job.view for job in jobs for _ in job.keys],
+            noise=torch.from_numpy(uniforms([k for job in jobs for k in job.keys], longest)).to(device),
             begun=torch.tensor([len(job.view.prefix) for job in jobs], device=device)[rows],
             ahead=torch.tensor([len(ids) for ids in ahead], device=device)[rows],
             given=pad_sequence([torch.from_numpy(ids) for ids in ahead], batch_first=True).to(device)[rows],
+            token=torch.zeros(num, longest, dtype=torch.long, device=device),
+            logp=torch.zeros(num, longest, device=device),
             steps=torch.zeros(num, dtype=torch.long, device=device),
             ended=torch.zeros(num, dtype=torch.bool, device=device),
             tail=torch.full((num, window), -1, device=device),
@@ -65,3 +71,19 @@ class Samples:
         self.tail[alive] = tail
         texts = policy.tokenizer.batch_decode([[i for i in row if i >= 0] for row in tail.tolist()])
         return torch.tensor([any(s in text for s in stop) for text in texts], device=token.device)
+
+    def turns(self, policy: Any, over: Sequence[int]) -> list[Turn]:
+        """The turns of samples that are over, each without the ids of its view's prefix."""
+        if not over:
+            return []
+        rows = torch.tensor(over, device=self.steps.device)
+        length = (self.steps - self.ahead + self.begun)[rows].tolist()
+        begun, whole = self.begun[rows].tolist(), self.ended[rows].tolist()
+        token, logp = self.token[rows].cpu().numpy(), self.logp[rows].cpu().numpy()
+        did = [row[a:b].copy() for row, a, b in zip(token, begun, length, strict=True)]
+        scored = [row[a:b].copy() for row, a, b in zip(logp, begun, length, strict=True)]
+        texts = policy.tokenizer.batch_decode(did, skip_special_tokens=True)
+        return [
+            Turn(self.views[i].ids, ids, lp, said=Message("assistant", text), info={"truncated": not end})
+            for i, ids, lp, text, end in zip(over, did, scored, texts, whole, strict=True)
+        ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rlx.rollout.vllm import Completion, Engine, generate
-from rlx.types import ConfigError, Ids, Sampling, Turn, View
+from rlx.types import ConfigError, Ended, Ids, Sampling, Turn, View
 
 
 def colocated(
@@ -24,6 +24,7 @@ def colocated(
     views: list[View],
     keys: list[list[int]],
     sampling: Sampling,
+    ended: Ended | None = None,
     *,
     gpu_memory: float = 0.4,
     sleep: bool = True,
@@ -33,7 +34,8 @@ def colocated(
     """By a vLLM in this process, which has the share `gpu_memory` of the GPU and holds `context` ids a row (null: the model's).
 
     With `sleep` its weights are in the host's memory and its cache is free while the trainer trains. `tolerance`: nats a token
-    between vLLM and the trainer, above which a hand-over of weights has failed. Raises ConfigError in several processes.
+    between vLLM and the trainer, above which a hand-over of weights has failed. `ended` is not told: all end at once. Raises
+    ConfigError in several processes.
     """
     if ranks() > 1:
         raise ConfigError("rollout: vllm runs in one process; in several, rollout=vllm_server with a server for each")
@@ -45,6 +47,7 @@ def server(
     views: list[View],
     keys: list[list[int]],
     sampling: Sampling,
+    ended: Ended | None = None,
     *,
     urls: list[str],
     host: str = "127.0.0.1",
@@ -55,7 +58,7 @@ def server(
     """By servers, one for each process of the trainer, in the order of its ranks; weights go to them by NCCL.
 
     `host` is this machine's name, where the servers reach it. Each gets `at_once` requests at a time, and has `timeout` seconds
-    for one. Raises ConfigError where there are not as many as processes.
+    for one. `ended` is not told. Raises ConfigError where there are not as many as processes.
     """
     if len(urls) != ranks():
         raise ConfigError(f"rollout.urls: expected a server for each of {ranks()} processes, got {len(urls)}")

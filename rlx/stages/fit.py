@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rlx import optim, reduce
 from rlx.build import LANGUAGE
-from rlx.learner import NonFinite
 from rlx.stages import fields, progress
 from rlx.stages.context import Context
 from rlx.stages.evaluation import Eval
@@ -22,6 +21,7 @@ from rlx.types import (
     Component,
     DataRef,
     Derive,
+    Failed,
     LossTerm,
     ModelRef,
     Optim,
@@ -124,7 +124,7 @@ class Fit:
             credit(batch, self.derive, [])
             metrics = learner.step(batch, update, ctx.seeds(step))
             if not metrics:
-                raise NonFinite("no token of this step is trained on: every mask is empty")
+                raise Failed("no token of this step is trained on: every mask is empty")
             follow(loaded, specs, "policy")
             refresh(loaded, specs, step)
             metrics["tokens"] = float(sum(x.length for x in batch.inputs))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rlx import world
 from rlx.offload import Brought, present
-from rlx.rewards.score import pay, show
+from rlx.rewards.score import ahead, pay, show
 from rlx.stages.context import Sources
 from rlx.stages.models import models_of, with_models
 from rlx.stages.spread import spread, together
@@ -39,7 +40,18 @@ def played(
     def shown(episodes: list[Episode]) -> None:
         show(paid(episodes), rewards, where)
 
-    play = Play(models.get("policy"), at.make_env, sampling, seed, at.make_vec, Brought(models), shown, pools or {}, step)
+    play = Play(
+        models.get("policy"),
+        at.make_env,
+        sampling,
+        seed,
+        make_vec=at.make_vec,
+        models=Brought(models),
+        score=shown,
+        pools=pools or {},
+        step=step,
+        ended=partial(ahead, rewards),
+    )
 
     def made(share: list[Episode]) -> list[Episode]:
         with present(*models_of([sampler], models)):

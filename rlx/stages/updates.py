@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlx.learner import Learner, MakeLearner, NonFinite
+from rlx.learner import Learner, MakeLearner
 from rlx.stages.buffers import Buffer
 from rlx.stages.context import Context
 from rlx.stages.fields import reads
@@ -21,6 +21,7 @@ from rlx.types import (
     Component,
     Derive,
     Episode,
+    Failed,
     LossTerm,
     Optim,
     Policy,
@@ -129,7 +130,7 @@ def train(
     """Run the updates that are due, in order; their metrics, and the batch of the kept episodes.
 
     The batches of `kept` are made first: what their fields say is of the time before the step's first update. A batch of a
-    buffer is of the time before its draw's update. `names` are columns of the data that become fields. Raises NonFinite where
+    buffer is of the time before its draw's update. `names` are columns of the data that become fields. Raises Failed where
     updates are due and none of them finds a token to train on; one alone may find none (the critic of a role not played).
     """
     owners = {name: models[u.spec.train] for u in updates for name in models[u.spec.train].offers}
@@ -166,5 +167,5 @@ def train(
             f"{label}{k}": float(np.mean([m[k] for m in found if k in m])) for k in dict.fromkeys(k for m in found for k in m)
         }
     if idle:
-        raise NonFinite("no token of this step is trained on: every mask is empty")
+        raise Failed("no token of this step is trained on: every mask is empty")
     return metrics, next(iter(whole.values()), None)

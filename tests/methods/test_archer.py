@@ -25,7 +25,7 @@ from rlx.rewards.score import score
 from rlx.rollout.native import generate
 from rlx.rollout.samplers import plain, resampled
 from rlx.stages.models import ModelSpec, follow, target_of, weights
-from rlx.types import Component, Counts, Episode, Message, Play, Sampling, Turn, View
+from rlx.types import Component, Counts, Ended, Episode, Message, Play, Sampling, Turn, View
 
 # A stored episode of three turns, one of a turn that was cut, and a fresh utterance at the second turn of the first.
 TURN_MASK = torch.tensor([[True, True, True], [True, False, False], [False, True, False]])
@@ -218,7 +218,9 @@ def test_the_critic_is_warmed_up_before_the_actor_moves(name: str) -> None:
 SAID = ["Is it alive?", "Is it gold?", "Is it a cow?"]
 
 
-def scripted(policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+def scripted(
+    policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None
+) -> list[list[Turn]]:
     """Says SAID in turn, each token with a log-probability of -1/4 times its place; the contract of the engine."""
     played = []
     for view, row in zip(views, keys, strict=True):

@@ -209,7 +209,7 @@ class Script:
     def render(self, messages: Sequence[Message]) -> Any:
         return np.frombuffer(messages[-1].text.encode() or b" ", np.uint8).astype(np.int64)
 
-    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Any = None) -> list[list[Turn]]:
         played = []
         for view, row in zip(views, keys, strict=True):
             prompt = bytes(view.ids.astype(np.uint8)).decode()

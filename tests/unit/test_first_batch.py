@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_reference_is_scored_and_counted() -> None:
     text, error = said(made(sft=FIT, rl=kl))
     assert error == ""
     assert "loss of 8 rows with random weights: clipped_surrogate 0, kl 0" in text
-    assert "weights, gradient, AdamW, reference 0.0 GB" in text
+    assert re.search(r"weights, gradient, AdamW, reference \d\.\d MB; ", text)
 
 
 def test_weights_of_a_stage_come_from_where_its_first_stage_began(tmp_path: Path) -> None:

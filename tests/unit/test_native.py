@@ -213,6 +213,27 @@ def test_nothing_is_computed_for_a_row_that_has_finished() -> None:
     assert sum(n for n, _ in seen[1:]) == 2 + sum(n - 1 for n in drawn)  # the prompts' last ids, and what was drawn but last
 
 
+@pytest.mark.parametrize("rows", [4, 64])
+def test_who_listens_is_told_of_each_turn_when_it_ends(rows: int) -> None:
+    policy, heard = eager_to_end("qwen2"), []
+    with counted(policy) as seen:
+        played = generate(
+            policy,
+            prompts(20, 9, 3),
+            keys(3, 6, 2),
+            Sampling(40, rows=rows),
+            lambda i, turn: heard.append((i, turn, len(seen))),
+        )
+    turns = [turn for row in played for turn in row]
+    assert sorted(i for i, _, _ in heard) == list(range(11))
+    assert all(turn is turns[i] for i, turn, _ in heard)
+    steps = [step for _, _, step in heard]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 4  # not all at the end
+    if rows == 64:
+        assert [len(turn.did) for _, turn, _ in heard] == sorted(len(turn.did) for turn in turns)
+
+
 def test_a_prompt_with_more_samples_than_rows_is_played_in_parts() -> None:
     policy, views = eager_to_end("qwen2"), prompts(9, 4)
     whole = generate(policy, views, keys(11, 2), Sampling(12))

@@ -33,7 +33,7 @@ from rlx.rollout.samplers import plain
 from rlx.run import run
 from rlx.stages.models import ModelSpec, Refresh, unchanging
 from rlx.tensors import inside
-from rlx.types import Batch, Component, Episode, Message, ModelName, Play, Sampling, Turn, View
+from rlx.types import Batch, Component, Ended, Episode, Message, ModelName, Play, Sampling, Turn, View
 from rlx.units import computed
 
 FIELDS = {"logp", "entropy", "value"}
@@ -183,9 +183,9 @@ class Asked(LanguageModel):
         self.seen.setdefault("forward", set()).add(id(homes.get(self.module)) in here)
         return super().forward(batch, want, temperature)
 
-    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    def act(self, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None) -> list[list[Turn]]:
         self.seen.setdefault("act", set()).add(id(homes.get(self.module)) in here)
-        return super().act(views, keys, sampling)
+        return super().act(views, keys, sampling, ended)
 
 
 def frozen(seen: dict[str, set[int]], seed: int) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,23 @@ import pytest
 from rlx.rewards import pool as pools
 from rlx.rewards import rules
 from rlx.rewards.pool import Pool, Unscored, goes_to_workers, pooled
-from rlx.types import Component, ConfigError, DataError, Episode, Failed, Image, Message, Status, Task, Turn
+from rlx.types import (
+    Component,
+    ConfigError,
+    DataError,
+    Ended,
+    Episode,
+    Failed,
+    Image,
+    Message,
+    Play,
+    Reply,
+    Sampling,
+    Status,
+    Task,
+    Turn,
+    View,
+)
 
 
 def episode(*said: str, logp: float = 0.0, answer: object = None) -> Episode:
@@ -71,6 +88,14 @@ def waits(episodes: list[Episode], *, path: str) -> list[float]:
     while not os.path.exists(path):
         time.sleep(0.01)
     return [1.0 for _ in episodes]
+
+
+@pooled()
+def starts(episodes: list[Episode], *, path: str, timeout: float) -> list[float]:
+    """Start a process, say which, and wait for it."""
+    started = subprocess.Popen(["sleep", "1000"])
+    os.symlink(str(started.pid), path)
+    return [float(started.wait()) for _ in episodes]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +237,70 @@ def test_workers_compute_while_other_rewards_are_asked(tmp_path: Path) -> None:
     assert [(e.rewards, e.reward) for e in asked] == [({"waits": 1.0, "makes": 2.0}, 3.0)] * 2
 
 
+def test_workers_compute_while_others_are_decoded(tmp_path: Path) -> None:
+    """Each answer is worked out once, and the first before the last turn has ended."""
+    from rlx.envs.single import SingleTurn
+    from rlx.models.load import tiny
+    from rlx.rewards.score import ahead, score
+    from rlx.rollout.native import generate
+    from rlx.rollout.samplers import plain
+
+    policy = tiny(hidden=16, layers=1, heads=2, kv_heads=2)
+    policy.end_ids = list(range(20))
+    reward = Component("counted", partial(counted, folder=str(tmp_path)))
+
+    def engine(policy: Any, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended) -> list[list[Turn]]:
+        def slowly(i: int, turn: Turn) -> None:
+            ended(i, turn)
+            while not os.listdir(tmp_path):
+                time.sleep(0.01)
+
+        return generate(policy, views, keys, sampling, slowly)
+
+    policy.engine = engine
+    rows = [Episode(Task((Message("user", text),)), i) for i, text in enumerate(("2+3=", "a long question"))]
+    asked = plain(Play(policy, SingleTurn, Sampling(12), (0,), ended=partial(ahead, [reward])), rows, 4)
+    score(asked, [reward], "x")
+    assert {e.status for e in asked} == {Status.FINISHED, Status.TRUNCATED}
+    assert len(os.listdir(tmp_path)) == len({(e.group, e.completion) for e in asked})
+
+
+def test_episodes_of_several_turns_are_told_of_when_their_environment_ends_them() -> None:
+    from rlx.models.load import tiny
+    from rlx.rollout.native import generate
+    from rlx.rollout.samplers import plain
+
+    class Until:
+        """As many turns as the prompt has letters."""
+
+        def reset(self, task: Task) -> tuple[Message, ...]:
+            self.left = len(task.prompt[0].text)
+            return task.prompt
+
+        def step(self, said: Message) -> Reply:
+            self.left -= 1
+            return Reply((Message("user", "go on"),), done=self.left == 0)
+
+    policy = tiny(hidden=16, layers=1, heads=2, kv_heads=2)
+    policy.end_ids, policy.engine = list(range(256)), generate
+    told: list[tuple[int, Status, int]] = []
+    rows = [Episode(Task((Message("user", "x" * n),)), n) for n in (3, 1)]
+    note = Play(policy, Until, Sampling(30), (0,), ended=lambda e: told.append((e.group, e.status, len(e.turns))))
+    plain(note, rows, 1)
+    assert told == [(1, Status.FINISHED, 1), (3, Status.FINISHED, 3)]
+
+
+def test_what_fails_ahead_is_not_asked_again_by_who_waits_for_it(tmp_path: Path) -> None:
+    own, call = Pool(1), partial(counted, folder=str(tmp_path))
+    (early,) = own.send(call, [episode("?")], ahead=True)
+    assert early.exception() is not None
+    assert own.send(call, [episode("?"), episode("?")]) == [early, early]
+    (anew,) = own.send(call, [episode("?")])
+    assert anew.exception() is not None
+    assert len(os.listdir(tmp_path)) == 2
+    own.close()
+
+
 def test_late_and_failed_episodes_are_left_out_and_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
     from rlx.rewards.score import score
 
@@ -247,6 +336,16 @@ def test_nothing_is_waited_for_when_a_pool_is_closed() -> None:
     for answer in asked:
         with pytest.raises((Unscored, CancelledError)):
             answer.result()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_what_a_late_worker_has_started_ends_with_it(tmp_path: Path) -> None:
+    own = Pool(1)
+    (answer,) = own.send(partial(starts, path=str(tmp_path / "pid"), timeout=1.0), [episode("")])
+    assert isinstance(answer.exception(), Unscored)
+    while not gone(int(os.readlink(tmp_path / "pid"))):
+        time.sleep(0.05)
+    own.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

@@ -220,7 +220,7 @@ def test_a_run_of_an_arm_is_links_to_its_stages_and_each_is_paid_for_once(tmp_pa
 def test_stages_that_are_done_are_not_run(tmp_path, capsys):
     node = finished(tmp_path, "base-1", "base", "1.0")
     assert done(node, tmp_path)
-    execute([node, node], tmp_path, 1)
+    execute({"a": [node, node], "b": [node]}, tmp_path, 1)
     assert capsys.readouterr().out == ""
 
 
@@ -229,9 +229,9 @@ def test_a_stage_that_fails_is_told_with_the_end_of_its_log_and_what_follows_is_
     wrong = replace(wrong, code=stage_code(wrong.config, "base"))
     after = Node("more-0", "more", wrong.config, wrong.code, (wrong,))
     with pytest.raises(ConfigError) as caught:
-        execute([wrong, after, wrong], tmp_path, 2)
+        execute({"method, seed 0": [wrong, after], "control, seed 0": [wrong]}, tmp_path, 2)
     first, *shown = str(caught.value).splitlines()
-    assert first == f"stage base-0 failed (exit status 1); its log is {tmp_path}/stages/base-0/log.txt:"
+    assert first == f"stage base of method, seed 0 failed (exit status 1); its log is {tmp_path}/stages/base-0/log.txt:"
     assert shown[-1].startswith("rlx.types.ConfigError: stages.base.kind: no stage kind is called 'fitt'; did you mean 'fit'?")
     assert len(shown) == 8
     assert capsys.readouterr().out == "2 stages to run, 0 done before\n"

@@ -123,7 +123,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_the_prompt(tmp_path, mo
         score([episode("five"), episode("six")], [reward], "stages.rl.reward")
     assert str(caught.value) == (
         "stages.rl.reward: reward 'score' raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
-        "(a_reward.py line 9, on the prompt '2+3=')"
+        "(a_reward.py line 9, on the prompt '2+3='); it raises on every episode (2 of 2)"
     )
 
 
@@ -205,7 +205,8 @@ def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():
     with pytest.raises(ConfigError) as caught:
         score([long], [Component("none", lambda episodes: None)], "stages.rl.reward")
     assert str(caught.value) == (
-        f"stages.rl.reward: reward 'none' raised TypeError: 'NoneType' object is not iterable (on the prompt '{'1+' * 30}...')"
+        "stages.rl.reward: reward 'none' raised TypeError: 'NoneType' object is not iterable (on the prompt "
+        f"'{'1+' * 30}...'); it raises on every episode (1 of 1)"
     )
 
 

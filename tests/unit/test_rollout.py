@@ -14,7 +14,7 @@ from rlx.rollout.native import generate
 from rlx.rollout.noise import key, uniforms
 from rlx.rollout.samplers import plain
 from rlx.rollout.samples import Job, Samples
-from rlx.types import ConfigError, Env, Episode, Ids, Message, Play, Reply, Sampling, Status, Task, Turn, View
+from rlx.types import ConfigError, Ended, Env, Episode, Ids, Message, Play, Reply, Sampling, Status, Task, Turn, View
 
 PROMPTS = [View(ids(3, 60, 61, 4)), View(ids(3, 70, 4)), View(ids(3, 60, 61, 62, 63, 64, 65, 66, 4))]
 
@@ -197,7 +197,9 @@ class Scripted:
         self.views: list[list[int]] = []
         self.keys: list[list[list[int]]] = []
 
-    def __call__(self, policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling) -> list[list[Turn]]:
+    def __call__(
+        self, policy: LanguageModel, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended | None = None
+    ) -> list[list[Turn]]:
         did = self.said[len(self.keys)]
         self.views += [view.ids.tolist() for view in views]
         self.keys.append(keys)

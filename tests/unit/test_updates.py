@@ -16,7 +16,6 @@ from rlx.data.files import jsonl
 from rlx.data.formats import turn
 from rlx.data.rows import row_of
 from rlx.derive import rollout_correction
-from rlx.learner import NonFinite
 from rlx.models.load import tiny
 from rlx.plan import plan
 from rlx.rollout.native import generate
@@ -34,6 +33,7 @@ from rlx.types import (
     DataError,
     DataRef,
     Episode,
+    Failed,
     Message,
     ModelRef,
     Play,
@@ -106,7 +106,7 @@ def test_a_step_in_which_no_update_has_a_token_is_refused(tmp_path: Path) -> Non
 
     masks = [Component("nothing", nothing, ("mask",), into="no_mask")]
     stage = online(by_sample, derive=masks, loss=[replace(PG, reads=("logp", "adv", "no_mask"))])
-    with pytest.raises(NonFinite, match="no token of this step is trained on: every mask is empty"):
+    with pytest.raises(Failed, match="no token of this step is trained on: every mask is empty"):
         stage.run(context(tmp_path, "rl"))
 
 
