@@ -219,9 +219,8 @@ def check(arguments: list[str], extra: Path | None, trust: list[str], *, every: 
         check_all(arguments, extra, trust)
         return
     _, made = planned(arguments, extra, trust)
-    if found := components(made):
+    if found := [*components(made), *claim_mistakes(made.config, trust)]:
         raise ConfigError("\n".join(found))
-    claim_if_any(made.config, trust)
     for line in order(made):
         print(line)
     if first_batch:
@@ -242,8 +241,7 @@ def check_all(arguments: list[str], extra: Path | None, trust: list[str]) -> Non
         try:
             composed = compose([f"recipe={name}", *arguments], extra)
             made = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given)
-            wrong += [f"{name}: {line}" for line in components(made)]
-            claim_if_any(made.config, trust)
+            wrong += [f"{name}: {line}" for line in [*components(made), *claim_mistakes(made.config, trust)]]
         except ConfigError as error:
             wrong += [f"{name}: {line}" for line in str(error).splitlines()]
     if wrong:
@@ -251,21 +249,29 @@ def check_all(arguments: list[str], extra: Path | None, trust: list[str]) -> Non
     print(f"ok: {len(known)} recipes")
 
 
-def claim_if_any(config: dict[str, Any], trust: Sequence[str] = ()) -> None:
-    """Check a recipe's claim, where it makes one: its keys, and that every arm binds."""
+def claim_mistakes(config: dict[str, Any], trust: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a recipe's claim, where it makes one: its keys, and what keeps an arm from being run."""
     from rlx.claims import claim_of
     from rlx.reproduce import arm_config
 
-    if config.get("claim"):
+    if not config.get("claim"):
+        return []
+    try:
         claim = claim_of(config)
-        for arm in claim.names:
+    except ConfigError as error:
+        return str(error).splitlines()
+    binder = Binder()
+    for arm in claim.names:
+        try:
             for setting in claim.settings():
                 made = plan(arm_config(config, claim, arm, setting, 0), trusted=trust)
-            binder = Binder()
-            for metric in claim.read_of(arm):
-                bind_objective(binder, metric, made.stages, f"claim, arm {arm}")
-            if binder.errors:
-                raise ConfigError("\n".join(binder.errors))
+        except ConfigError as error:
+            said = str(error).splitlines()
+            binder.errors += [line if line.startswith("claim") else f"claim, arm {arm}: {line}" for line in said]
+            continue
+        for metric in claim.read_of(arm):
+            bind_objective(binder, metric, made.stages, f"claim, arm {arm}")
+    return list(dict.fromkeys(binder.errors))
 
 
 def evaluate(model: str, arguments: list[str], trust: list[str], *, as_json: bool) -> None:

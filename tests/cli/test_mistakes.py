@@ -139,6 +139,13 @@ RECIPES = {
         "defaults: [/recipe/small]\nclaim: {says: x, checks: [{metric: rl/eval/accuracy, minus: nobody, min: 0.0}]}\n",
         "claim.checks.0: no arm 'nobody'",
     ),
+    "arms": (
+        "defaults: [/recipe/small]\nclaim:\n  says: x\n  checks: [{metric: rl/reward, min: 0.0}]\n"
+        "  arms: {one: {stages.rl.lrr: 1.0}, two: {stages.rk.lr: 1.0}, three: {stages.rl.steps: many}}\n",
+        "claim, arm one: stages.rl.lrr: stage kind 'online' takes no 'lrr'; did you mean 'lr'?",
+        "claim: 'stages.rk.lr': the recipe has no 'rk' there",
+        "claim, arm three: stages.rl.steps: expected a whole number, got 'many'",
+    ),
     "parent": (
         "defaults: [/recipe/smal]\n",
         "mine/bad.yaml: defaults: '/recipe/smal' is no recipe; write - /recipe/NAME; did you mean 'small'?; "
@@ -156,11 +163,11 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(("text", "message"), RECIPES.values(), ids=RECIPES.keys())
-def test_bad_recipe(rlx, text, message):
+@pytest.mark.parametrize(("text", "messages"), [(text, messages) for text, *messages in RECIPES.values()], ids=RECIPES.keys())
+def test_bad_recipe(rlx, text, messages):
     Path("mine/bad.yaml").write_text(text)
     result = rlx("check", "bad")
-    assert (result.status, result.said) == (2, f"rlx: {message}")
+    assert (result.status, result.said) == (2, "rlx: " + "\n".join(messages))
 
 
 def test_two_recipes_of_one_name(rlx):
