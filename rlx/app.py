@@ -309,6 +309,8 @@ def reproduce(
     composed = compose([f"recipe={'paper/' if paper else ''}{slug}", *changes] if slug else changes, extra)
     claim = claim_of(composed.config)
     config = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given).config
+    if wrong := claim_mistakes(config, trust):
+        raise ConfigError("\n".join(wrong))
     if claim.minutes > MINUTES and not long:
         raise ConfigError(f"this claim takes up to {claim.minutes} minutes on two cores: `make claims` runs it, or --long")
     if (launch := launch_of(config)).stage is not None:

@@ -131,7 +131,10 @@ def execute(whose: Mapping[str, Sequence[Node]], root: Path, jobs: int, trust: S
     Raises ConfigError when one fails; ends its processes with it.
     """
     nodes = [node for own in whose.values() for node in own]
-    users = {n.key: [name for name, own in whose.items() if any(n.key == x.key for x in own)] for n in nodes}
+    users: dict[str, list[str]] = {}
+    for name, own in whose.items():
+        for key in {node.key for node in own}:
+            users.setdefault(key, []).append(name)
     waiting = {n.key: n for n in nodes if not done(n, root)}
     if waiting:
         print(f"{len(waiting)} stages to run, {len({n.key for n in nodes}) - len(waiting)} done before", flush=True)

@@ -206,7 +206,7 @@ def machine() -> str:
 
 def amount(size: int) -> str:
     """Bytes in units of 1e9, or of 1e6 where they are few, one decimal."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 0.99995e9 else f"{size / 1e6:.1f} MB"
 
 
 def many(number: int, noun: str) -> str:

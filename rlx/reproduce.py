@@ -123,7 +123,7 @@ def arm_config(config: dict[str, Any], claim: Claim, arm: str, setting: Mapping[
         try:
             put(changed, path, copy.deepcopy(value))
         except KeyError as missing:
-            raise ConfigError(f"claim: {path!r}: the recipe has no {missing.args[0]!r} there") from None
+            raise ConfigError(f"claim, arm {arm}: {path!r}: the recipe has no {missing.args[0]!r} there") from None
     return changed | {"seed": seed}
 
 

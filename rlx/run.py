@@ -228,6 +228,9 @@ def run_stage(
         if world.leads():
             sync_all(folder)  # first: with DONE on the disk, nothing looks at what is in it again
             write_json(done, {"kind": config["kind"], "summary": summary, "code": code})
+    except BaseException:
+        pool.close()  # python waits for its threads before it calls what is registered for the end
+        raise
     finally:
         stop.waits = False
         log.close()

@@ -330,7 +330,7 @@ def headline(metrics: Mapping[str, float]) -> str:
         parts.insert(0, f"loss {short(metrics['loss'])}")
     parts += [f"{k[5:]} {short(v)}" for k, v in metrics.items() if k.startswith("eval/") and k not in SHOWN]
     if failed := metrics.get("reward/failures"):
-        parts.append(f"failures {failed:.0f}")
+        parts.append(f"reward failures {failed:.0f}")
     return "  ".join(parts)
 
 

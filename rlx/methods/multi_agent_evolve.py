@@ -134,7 +134,7 @@ multi_agent_evolve.together = True  # type: ignore[attr-defined]  # a question i
 def told(play: Play, role: str, prompts: Sequence[str], n: int, phase: int) -> list[Episode]:
     """`n` episodes of one turn to each prompt; groups of different phases of a step never meet."""
     rows = [Episode(Task((Message("user", p),), meta={"role": role}), PHASES * i + phase) for i, p in enumerate(prompts)]
-    episodes = plain(replace(play, make_env=SingleTurn), rows, n)
+    episodes = plain(replace(play, make_env=SingleTurn, ended=lambda episode: None), rows, n)  # its role is yet to be written
     for episode in episodes:
         episode.agent = role
     return episodes

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -54,7 +55,7 @@ def unscored(error: Exception) -> Unscored:
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call
     own = [frame for frame in frames if frame.filename == frames[0].filename]  # also where a library that it calls raised
     line = f"{Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
-    return Unscored(f"raised {type(error).__name__}: {error}", line, "".join(traceback.format_exception(error, chain=False)))
+    return Unscored(f"raised {type(error).__name__}: {error}", line, "".join(traceback.format_exception(error)))
 
 
 # --------------------------------------------------------------------------- which rewards
@@ -110,35 +111,42 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.threads = ThreadPoolExecutor(size, "rewards")
-        self.known: dict[bytes, tuple[Future[Any], bool]] = {}
+        self.known: dict[bytes, Future[Any]] = {}
+        self.early = 0  # how many were begun since somebody asked
         self.own = threading.local()
         self.workers: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.closed = False
         self.begun = False  # whether a worker has ever started
 
-    def send(self, call: Any, episodes: Sequence[Episode], *, ahead: bool = False) -> list[Future[Any]]:
+    def begin(self, call: Any, episode: Episode) -> None:
+        """Have a marked reward worked out before anybody asks for it; not of more episodes than answers are kept."""
+        if self.early < KNOWN:
+            self.early += 1
+            self._found(call, [episode])
+
+    def send(self, call: Any, episodes: Sequence[Episode]) -> list[Future[Any]]:
         """For each episode what a marked reward will answer: a number, or one for each turn.
 
-        `ahead`: they will be sent once more, by who waits for the answers. The future raises Unscored where there is none,
-        ConfigError where the reward refuses its settings or its task.
+        The future raises Unscored where there is none, ConfigError where the reward refuses its settings or its task.
         """
+        self.early = 0
+        return self._found(call, episodes)
+
+    def _found(self, call: Any, episodes: Sequence[Episode]) -> list[Future[Any]]:
+        """The answers that are known or on their way; what is not, or could not be scored, is asked."""
         call = meant(call)
         limit = float(settings(call).get("timeout", SECONDS))
         requests = [pickle.dumps((call, bare(episode), limit)) for episode in episodes]
-        found = {request: self.asked(request, limit, ahead) for request in dict.fromkeys(requests)}
-        return [found[request] for request in requests]
-
-    def asked(self, request: bytes, limit: float, ahead: bool) -> Future[Any]:
-        """The answer to a request that is known, or is on its way; what failed is asked anew once it has been waited for."""
-        key = hashlib.sha256(request).digest()
-        found, waits = self.known.pop(key, (None, False))
-        if found is None or (not waits and found.done() and found.exception() is not None):
-            found = self.threads.submit(self.answer, request, limit)
-        self.known[key] = found, ahead  # the last to be forgotten
-        if len(self.known) > KNOWN:
-            del self.known[next(iter(self.known))]
-        return found
+        keys = [hashlib.sha256(request).digest() for request in requests]
+        found = {key: self.known.pop(key) for key in dict.fromkeys(keys) if key in self.known}
+        for key, request in zip(keys, requests, strict=True):
+            if key not in found or (found[key].done() and found[key].exception() is not None):
+                found[key] = self.threads.submit(self.answer, request, limit)
+        self.known |= found  # the last to be forgotten
+        for key in list(itertools.islice(self.known, max(0, len(self.known) - KNOWN))):
+            del self.known[key]
+        return [found[key] for key in keys]
 
     def answer(self, request: bytes, limit: float) -> Any:
         """What a worker says; one that dies is replaced, and the next is asked once more."""
@@ -216,8 +224,9 @@ class Pool:
 
 def kill(worker: subprocess.Popen[bytes]) -> None:
     """End a worker and what it has started, which is in its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)
+    if worker.returncode is None:  # nobody has waited for it: its number is still its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
 
 

@@ -25,11 +25,11 @@ def score(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: 
     show(episodes, rewards, where)
 
 
-def ahead(rewards: Sequence[Component[Reward]], episode: Episode) -> None:
+def begin(rewards: Sequence[Component[Reward]], episode: Episode) -> None:
     """Have the workers begin with an episode that has ended; `pay` asks for what they found."""
     for reward in rewards:
         if goes_to_workers(reward.call):
-            pool().send(reward.call, [episode], ahead=True)
+            pool().begin(reward.call, episode)
 
 
 def pay(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: str) -> None:
@@ -80,14 +80,14 @@ def asked(reward: Component[Reward], group: list[Episode], where: str) -> list[A
         raise Failed(f"{what} ran out of memory on {len(group)} episodes: {why}") from error
     except Exception as error:
         failures: list[Any] = [unscored(error)] * len(group)
-        if len(group) == 1:
-            return failures
-        alone = [asked(reward, [episode], where)[0] for episode in group]
-        rest = [episode for episode, x in zip(group, alone, strict=True) if not isinstance(x, Unscored)]
-        if len(rest) in (0, len(group)):
-            return failures
-        others = iter(asked(reward, rest, where))
-        return [x if isinstance(x, Unscored) else next(others) for x in alone]
+    if len(group) == 1:
+        return failures
+    alone = [asked(reward, [episode], where)[0] for episode in group]  # not above: what it raises would have two causes
+    rest = [episode for episode, x in zip(group, alone, strict=True) if not isinstance(x, Unscored)]
+    if len(rest) in (0, len(group)):
+        return failures
+    others = iter(asked(reward, rest, where))
+    return [x if isinstance(x, Unscored) else next(others) for x in alone]
 
 
 def received(answer: Future[Any], episode: Episode, what: str) -> Any:
@@ -114,7 +114,7 @@ def show(episodes: list[Episode], rewards: Sequence[Component[Reward]], where: s
         place = f"{failure.line}, " if failure.line else ""
         what = f"{where}: reward {name!r} {failure.reason} ({place}on the prompt {prompt(episode)})"
         if len(failures) == len(episodes) and all(why.trace for why, _ in failures):
-            raise ConfigError(f"{what}; it raises on every episode ({len(failures)} of {len(episodes)})") from failure
+            raise ConfigError(f"{what}; it raises on every episode") from failure
         if (where, name) not in told:
             told.add((where, name))
             print(f"! {what}; such episodes are left out, and counted as failures\n{failure.trace}", end="", flush=True)

@@ -16,7 +16,7 @@ from rlx.models.reader import Reader, check_room
 from rlx.models.shared import SharedReader
 from rlx.rollout.draws import draw
 from rlx.rollout.samples import Job, Samples
-from rlx.types import Ended, Sampling, Turn, View
+from rlx.types import Ended, Message, Sampling, Turn, View
 
 FREE = 8  # new prompts are read when one in so many rows is free: several at a time are cheaper than one by one
 
@@ -74,7 +74,7 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling, tell:
         if state.given.shape[1]:
             given = state.given[alive, step.clamp(max=state.given.shape[1] - 1)]
             token = torch.where(step < ahead, given, token)
-        state.token[alive, at], state.logp[alive, at] = token, logp
+        state.token[alive, at], state.logp[alive, at] = token.int(), logp
         ended = torch.isin(token, ends)
         if sampling.stop:
             ended |= state.stopped(policy, alive, token, step >= ahead, sampling.stop)
@@ -83,14 +83,17 @@ def decode(policy: LanguageModel, waiting: deque[Job], sampling: Sampling, tell:
         stays = (~ended & (at + 1 < sampling.max_new_tokens)).cpu().numpy()
         rows = kept(stays)
         over = reader.seats[~stays].tolist()
+        said = state.said(over) if over else []
         if over:
             reader.keep(rows)
             token = token[torch.from_numpy(rows).to(policy.device)]
         if len(rows):
             reader.read(token)
-        for i, turn in zip(over, state.turns(policy, over), strict=True):
-            turns[i] = turn
-            tell(i, turn)
+        for i, (ids, scored, whole) in zip(over, said, strict=True):  # while a device reads
+            turns[i] = Turn(
+                state.views[i].ids, ids, scored, said=Message("assistant", policy.decode(ids)), info={"truncated": not whole}
+            )
+            tell(i, turns[i])
         room = sampling.rows - len(rows)
         if waiting and reader.joins and (room * FREE >= sampling.rows) and (more := taken(waiting, room)):
             reader.join([job.view for job in more], [len(job.keys) for job in more])

@@ -70,7 +70,7 @@ def finish(play: Play, episodes: list[Episode], envs: list[Env], talks: list[lis
 
     def ended(k: int, own: Turn) -> None:
         i = running[k]
-        if type(envs[i]) is SingleTurn:
+        if type(envs[i]) is SingleTurn and not episodes[i].turns:
             play.ended(replace(episodes[i], turns=[own], status=status(own)))
 
     with remembering(play.policy):

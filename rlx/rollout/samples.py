@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlx.rollout.noise import uniforms
-from rlx.types import Ids, Message, Sampling, Turn, View
+from rlx.types import Floats, Ids, Sampling, View
 
 
 class Job(NamedTuple):
@@ -54,7 +54,7 @@ class Samples:
             begun=torch.tensor([len(job.view.prefix) for job in jobs], device=device)[rows],
             ahead=torch.tensor([len(ids) for ids in ahead], device=device)[rows],
             given=pad_sequence([torch.from_numpy(ids) for ids in ahead], batch_first=True).to(device)[rows],
-            token=torch.zeros(num, longest, dtype=torch.long, device=device),
+            token=torch.zeros(num, longest, dtype=torch.int32, device=device),
             logp=torch.zeros(num, longest, device=device),
             steps=torch.zeros(num, dtype=torch.long, device=device),
             ended=torch.zeros(num, dtype=torch.bool, device=device),
@@ -72,18 +72,12 @@ class Samples:
         texts = policy.tokenizer.batch_decode([[i for i in row if i >= 0] for row in tail.tolist()])
         return torch.tensor([any(s in text for s in stop) for text in texts], device=token.device)
 
-    def turns(self, policy: Any, over: Sequence[int]) -> list[Turn]:
-        """The turns of samples that are over, each without the ids of its view's prefix."""
-        if not over:
-            return []
+    def said(self, over: Sequence[int]) -> list[tuple[Ids, Floats, bool]]:
+        """Of each sample that is over: its ids after the view's prefix, their log-probs, and whether the last ends the turn."""
         rows = torch.tensor(over, device=self.steps.device)
-        length = (self.steps - self.ahead + self.begun)[rows].tolist()
-        begun, whole = self.begun[rows].tolist(), self.ended[rows].tolist()
-        token, logp = self.token[rows].cpu().numpy(), self.logp[rows].cpu().numpy()
-        did = [row[a:b].copy() for row, a, b in zip(token, begun, length, strict=True)]
-        scored = [row[a:b].copy() for row, a, b in zip(logp, begun, length, strict=True)]
-        texts = policy.tokenizer.batch_decode(did, skip_special_tokens=True)
+        length, begun = (self.steps - self.ahead + self.begun)[rows].tolist(), self.begun[rows].tolist()
+        token, logp = self.token[rows].long().cpu().numpy(), self.logp[rows].cpu().numpy()
+        whole = self.ended[rows].tolist()
         return [
-            Turn(self.views[i].ids, ids, lp, said=Message("assistant", text), info={"truncated": not end})
-            for i, ids, lp, text, end in zip(over, did, scored, texts, whole, strict=True)
+            (token[i, a:b].copy(), logp[i, a:b].copy(), whole[i]) for i, (a, b) in enumerate(zip(begun, length, strict=True))
         ]

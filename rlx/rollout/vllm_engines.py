@@ -34,8 +34,8 @@ def colocated(
     """By a vLLM in this process, which has the share `gpu_memory` of the GPU and holds `context` ids a row (null: the model's).
 
     With `sleep` its weights are in the host's memory and its cache is free while the trainer trains. `tolerance`: nats a token
-    between vLLM and the trainer, above which a hand-over of weights has failed. `ended` is not told: all end at once. Raises
-    ConfigError in several processes.
+    between vLLM and the trainer, above which a hand-over of weights has failed. `ended` is not told: all come back at once.
+    Raises ConfigError in several processes.
     """
     if ranks() > 1:
         raise ConfigError("rollout: vllm runs in one process; in several, rollout=vllm_server with a server for each")

@@ -10,7 +10,7 @@ from typing import Any
 from rlx import world
 from rlx.metrics import wilson
 from rlx.offload import present
-from rlx.rewards.score import ahead, pay, show
+from rlx.rewards.score import begin, pay, show
 from rlx.rollout.samplers import plain
 from rlx.stages.context import Context
 from rlx.stages.drawing import drawing, drawing_problems
@@ -79,7 +79,7 @@ def evaluate(policy: Any, settings: Measure, ctx: Context) -> tuple[dict[str, fl
         sampling = drawing(settings, ctx)
         if kind == "greedy":
             sampling = replace(sampling, temperature=0.0)
-        told = partial(ahead, verified(settings, ctx)[0])
+        told = partial(begin, verified(settings, ctx)[0])
         play = Play(policy, ctx.make_env, sampling, (ctx.seed, 0), ctx.make_vec, ended=told)
         with world.phase("evaluation"):
             one = partial(scored, settings, ctx, play, num[kind])

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlx import world
 from rlx.offload import Brought, present
-from rlx.rewards.score import ahead, pay, show
+from rlx.rewards.score import begin, pay, show
 from rlx.stages.context import Sources
 from rlx.stages.models import models_of, with_models
 from rlx.stages.spread import spread, together
@@ -50,7 +50,7 @@ def played(
         score=shown,
         pools=pools or {},
         step=step,
-        ended=partial(ahead, rewards),
+        ended=partial(begin, rewards),
     )
 
     def made(share: list[Episode]) -> list[Episode]:

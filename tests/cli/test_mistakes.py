@@ -143,7 +143,7 @@ RECIPES = {
         "defaults: [/recipe/small]\nclaim:\n  says: x\n  checks: [{metric: rl/reward, min: 0.0}]\n"
         "  arms: {one: {stages.rl.lrr: 1.0}, two: {stages.rk.lr: 1.0}, three: {stages.rl.steps: many}}\n",
         "claim, arm one: stages.rl.lrr: stage kind 'online' takes no 'lrr'; did you mean 'lr'?",
-        "claim: 'stages.rk.lr': the recipe has no 'rk' there",
+        "claim, arm two: 'stages.rk.lr': the recipe has no 'rk' there",
         "claim, arm three: stages.rl.steps: expected a whole number, got 'many'",
     ),
     "parent": (

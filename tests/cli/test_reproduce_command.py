@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,7 +50,9 @@ def test_a_claim_and_its_verdicts(rlx):
     claim(max=5.0)
     first = rlx(*FIRST, "--out", "docs/results")
     assert (first.status, first.err) == (0, "")
-    assert first.out.startswith("9 stages to run, 0 done before\n")  # base is shared by the arms: 3, not 6
+    assert first.out.startswith("claim: 2 arms x 3 seeds\n9 stages to run, 0 done before\n")  # the arms share base: 3, not 6
+    assert re.search(r"^  \d/9  base of method, seed 2 and 1 more  \d+ s   about \d+ min left$", first.out, re.M)
+    assert re.search(r"^  \d/9  more of frozen, seed 2  \d+ s   about \d+ min left$", first.out, re.M)
     page = Path("docs/results/claimed.md").read_text()
     assert page.splitlines()[:5] == [
         "# claimed (stand-in, scale=smoke: says nothing about the claim)",
@@ -149,9 +152,12 @@ def test_an_arm_that_does_not_bind_trains_nothing(rlx):
     text = Path("mine/claimed.yaml").read_text().replace("stages.more.lr: 0.0", "stages.more.lrr: 0.0")
     Path("mine/claimed.yaml").write_text(text)
     wrong = rlx(*FIRST)
-    assert (wrong.status, wrong.said) == (2, "rlx: stages.more.lrr: stage kind 'fit' takes no 'lrr'; did you mean 'lr'?")
+    assert (wrong.status, wrong.said) == (
+        2,
+        "rlx: claim, arm frozen: stages.more.lrr: stage kind 'fit' takes no 'lrr'; did you mean 'lr'?",
+    )
     every = rlx("check", "--all")
-    assert every.said == "rlx: claimed: stages.more.lrr: stage kind 'fit' takes no 'lrr'; did you mean 'lr'?"
+    assert every.said == "rlx: claimed: claim, arm frozen: stages.more.lrr: stage kind 'fit' takes no 'lrr'; did you mean 'lr'?"
 
 
 def test_a_recipe_without_a_claim(rlx):

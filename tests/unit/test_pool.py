@@ -238,19 +238,21 @@ def test_workers_compute_while_other_rewards_are_asked(tmp_path: Path) -> None:
 
 
 def test_workers_compute_while_others_are_decoded(tmp_path: Path) -> None:
-    """Each answer is worked out once, and the first before the last turn has ended."""
+    """The first answer is worked out before the last turn has ended, and each only once."""
     from rlx.envs.single import SingleTurn
     from rlx.models.load import tiny
-    from rlx.rewards.score import ahead, score
+    from rlx.rewards.score import begin, score
     from rlx.rollout.native import generate
     from rlx.rollout.samplers import plain
 
     policy = tiny(hidden=16, layers=1, heads=2, kv_heads=2)
     policy.end_ids = list(range(20))
     reward = Component("counted", partial(counted, folder=str(tmp_path)))
+    made: list[int] = []  # how many are worked out, when a turn ends
 
     def engine(policy: Any, views: list[View], keys: list[list[int]], sampling: Sampling, ended: Ended) -> list[list[Turn]]:
         def slowly(i: int, turn: Turn) -> None:
+            made.append(len(os.listdir(tmp_path)))
             ended(i, turn)
             while not os.listdir(tmp_path):
                 time.sleep(0.01)
@@ -258,11 +260,13 @@ def test_workers_compute_while_others_are_decoded(tmp_path: Path) -> None:
         return generate(policy, views, keys, sampling, slowly)
 
     policy.engine = engine
-    rows = [Episode(Task((Message("user", text),)), i) for i, text in enumerate(("2+3=", "a long question"))]
-    asked = plain(Play(policy, SingleTurn, Sampling(12), (0,), ended=partial(ahead, [reward])), rows, 4)
+    rows = [Episode(Task((Message("user", text),)), i) for i, text in enumerate(("2+3=", "a long question", "2+3="))]
+    asked = plain(Play(policy, SingleTurn, Sampling(12), (0,), ended=partial(begin, [reward])), rows, 4)
+    assert (len(made), made[0]) == (12, 0)
+    assert made[-1] > 0
     score(asked, [reward], "x")
     assert {e.status for e in asked} == {Status.FINISHED, Status.TRUNCATED}
-    assert len(os.listdir(tmp_path)) == len({(e.group, e.completion) for e in asked})
+    assert len(os.listdir(tmp_path)) == len({(e.task.prompt[0].text, e.completion) for e in asked})
 
 
 def test_episodes_of_several_turns_are_told_of_when_their_environment_ends_them() -> None:
@@ -290,14 +294,20 @@ def test_episodes_of_several_turns_are_told_of_when_their_environment_ends_them(
     assert told == [(1, Status.FINISHED, 1), (3, Status.FINISHED, 3)]
 
 
-def test_what_fails_ahead_is_not_asked_again_by_who_waits_for_it(tmp_path: Path) -> None:
+def test_what_was_begun_and_what_is_known_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more episodes are played than answers are kept."""
+    monkeypatch.setattr(pools, "KNOWN", 4)
     own, call = Pool(1), partial(counted, folder=str(tmp_path))
-    (early,) = own.send(call, [episode("?")], ahead=True)
-    assert early.exception() is not None
-    assert own.send(call, [episode("?"), episode("?")]) == [early, early]
-    (anew,) = own.send(call, [episode("?")])
-    assert anew.exception() is not None
-    assert len(os.listdir(tmp_path)) == 2
+    several = [episode(str(i)) for i in range(7)]
+    for _ in range(2):
+        for e in several:
+            own.begin(call, e)
+    answers = own.send(call, several[::-1])
+    assert sorted(answer.result() for answer in answers) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert [answer.result() for answer in answers[:-5:-1]] == [1.0, 2.0, 3.0, 4.0]
+    own.begin(call, episode("?"))
+    (failed,) = own.send(call, [episode("?")])
+    assert isinstance(failed.exception(), Unscored)
     own.close()
 
 

@@ -82,7 +82,7 @@ def test_a_path_that_leads_nowhere(path, part):
 def test_an_arm_whose_path_leads_nowhere():
     with pytest.raises(ConfigError) as caught:
         arm_config(CONFIG, claim(arms={"a": {"stages.moer.lr": 1.0}}), "a", {}, 0)
-    assert str(caught.value) == "claim: 'stages.moer.lr': the recipe has no 'moer' there"
+    assert str(caught.value) == "claim, arm a: 'stages.moer.lr': the recipe has no 'moer' there"
 
 
 def test_an_arm_is_the_recipe_with_what_all_change_then_its_own_then_what_is_tuned():

@@ -123,7 +123,7 @@ def test_a_reward_that_raises_is_named_with_its_line_and_the_prompt(tmp_path, mo
         score([episode("five"), episode("six")], [reward], "stages.rl.reward")
     assert str(caught.value) == (
         "stages.rl.reward: reward 'score' raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
-        "(a_reward.py line 9, on the prompt '2+3='); it raises on every episode (2 of 2)"
+        "(a_reward.py line 9, on the prompt '2+3='); it raises on every episode"
     )
 
 
@@ -160,6 +160,21 @@ def test_what_a_reward_raises_on_a_group_is_that_group_s(capsys):
     score(groups, [Component("pairwise", pairwise)], "x")
     assert [math.isnan(e.reward) for e in groups] == [False, False, True, True, True]
     assert capsys.readouterr().out.count("ZeroDivisionError") == 2
+
+
+def test_a_failure_is_shown_with_its_cause_and_once(capsys):
+    def number(episodes):
+        try:
+            return [float(e.completion) for e in episodes]
+        except ValueError as error:
+            raise LookupError("no number") from error
+
+    score([episode("1"), episode("x")], [Component("number", number)], "causes")
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "Error: " in line and not line.startswith("!")] == [
+        "ValueError: could not convert string to float: 'x'",
+        "LookupError: no number",
+    ]
 
 
 def test_the_failure_of_a_reward_that_no_episode_alone_passes_is_the_group_s():
@@ -206,7 +221,7 @@ def test_a_long_prompt_is_shortened_and_a_wrong_answer_has_no_line():
         score([long], [Component("none", lambda episodes: None)], "stages.rl.reward")
     assert str(caught.value) == (
         "stages.rl.reward: reward 'none' raised TypeError: 'NoneType' object is not iterable (on the prompt "
-        f"'{'1+' * 30}...'); it raises on every episode (1 of 1)"
+        f"'{'1+' * 30}...'); it raises on every episode"
     )
 
 

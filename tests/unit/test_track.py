@@ -97,6 +97,8 @@ def test_metrics_are_on_disk_as_they_come(tmp_path):
 def test_a_policy_gradient_loss_is_never_the_headline():
     assert headline({"reward": 0.25, "loss": 1e-9, "tokens_per_second": 1234.5}) == "reward 0.250  tok/s 1,234"
     assert headline({"loss": 2.5}) == "loss 2.500"
+    assert headline({"reward": 0.25, "reward/failures": 0.0}) == "reward 0.250"
+    assert headline({"reward": 0.25, "reward/failures": 3.0}) == "reward 0.250  reward failures 3"
     assert headline({"loss": 2.5, "eval/accuracy": 0.5, "eval/pass@8": 0.75}) == "loss 2.500  accuracy 0.500  pass@8 0.750"
 
 
