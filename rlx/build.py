@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 
 from rlx import types as t
 from rlx.catalogue import CATALOGUE, EXTRAS
+from rlx.modules import load_module
 
 # A parameter annotated Component[LossTerm] takes a name of the group "loss", and so on.
 GROUP_OF: dict[Any, str] = {
@@ -353,21 +354,6 @@ def numbered(items: list[Any]) -> list[Any]:
                 item = dataclasses.replace(item, name=f"{item.name}_{seen[item.name]}")
         out.append(item)
     return out
-
-
-def load_module(module: str) -> Any:
-    """A trusted module by name, or a trusted file by path."""
-    if not module.endswith(".py"):
-        return importlib.import_module(module)
-    path = Path(module).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(module)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not Python source")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def untrusted(model: Any) -> str:

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlx.modules import function_at, place_of
 from rlx.types import ConfigError, Episode, Failed, Message, Turn
 
 SECONDS = 10.0  # for one episode, where the reward has no `timeout`
@@ -137,7 +138,8 @@ class Pool:
         """The answers that are known or on their way; what is not, or could not be scored, is asked."""
         call = meant(call)
         limit = float(settings(call).get("timeout", SECONDS))
-        requests = [pickle.dumps((call, bare(episode), limit)) for episode in episodes]
+        asked = (*place_of(getattr(call, "func", call)), getattr(call, "keywords", {}), limit)
+        requests = [pickle.dumps((*asked, bare(episode))) for episode in episodes]
         keys = [hashlib.sha256(request).digest() for request in requests]
         found = {key: self.known.pop(key) for key in dict.fromkeys(keys) if key in self.known}
         for key, request in zip(keys, requests, strict=True):
@@ -276,14 +278,15 @@ def serve(fd: int) -> None:
 def worked_out(request: bytes, line: Connection) -> dict[str, Any]:
     """The reply to a request. Its time begins when its imports are done."""
     try:
-        call, episode, limit = pickle.loads(request)
-        before, _ = getattr(call, "func", call).pooled
+        place, name, given, limit, episode = pickle.loads(request)
+        call: Any = function_at(place, name)
+        before, _ = call.pooled
         if before is not None:
             before()
         line.send_bytes(BEGUN)
         # The parent kills a late worker. If the parent is gone, the kernel does: SIGALRM has no handler here.
         signal.setitimer(signal.ITIMER_REAL, limit + 1.0)
-        (value,) = call([episode])
+        (value,) = call([episode], **given)
         return {"value": [float(x) for x in value] if isinstance(value, list | tuple) else float(value)}
     except ConfigError as error:
         return {"refused": str(error)}

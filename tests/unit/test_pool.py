@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlx.modules import load_module
 from rlx.rewards import pool as pools
 from rlx.rewards import rules
 from rlx.rewards.pool import Pool, Unscored, goes_to_workers, pooled
@@ -190,6 +191,25 @@ def test_a_worker_s_failure_of_the_whole_run_is_one(pool: Pool) -> None:
     with pytest.raises(Failed, match="the server is gone") as caught:
         pool.send(unavailable, [episode("")])[0].result()
     assert caught.value.status == 7
+
+
+def test_a_reward_in_a_file_of_the_user_s_goes_to_workers(pool: Pool, tmp_path: Path) -> None:
+    """With a helper beside it and settings; what is in no module or file by its name cannot be found again."""
+    file = tmp_path / "random.py"  # not the module of that name
+    file.write_text(
+        "from rlx.rewards.pool import pooled\n\ndef worth(text):\n    return float(text)\n\n"
+        "@pooled()\ndef score(episodes, *, more: float = 0.0):\n    return [worth(e.completion) + more for e in episodes]\n"
+    )
+    call = partial(load_module(str(file)).score, more=0.5)
+    assert goes_to_workers(call)
+    assert [answer.result() for answer in pool.send(call, [episode("1"), episode("2")])] == [1.5, 2.5]
+
+    @pooled()
+    def inside(episodes: list[Episode]) -> list[float]:
+        return [0.0 for _ in episodes]
+
+    with pytest.raises(ConfigError, match="inside is in a function; another process only finds what stands in a module"):
+        pool.send(inside, [episode("1")])
 
 
 def test_images_do_not_travel() -> None:

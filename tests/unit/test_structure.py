@@ -36,7 +36,7 @@ ROOT = PACKAGE.parent
 LAYERS = """
 types
 world
-tensors encoding marks memory offload
+tensors encoding marks memory offload modules
 losses advantages reduce filters derive
 models
 data envs rewards
@@ -80,7 +80,8 @@ APART = {
     "encoding": {"types"},
     "stopping": set(),
     "resume": {"types", "world", "encoding"},
-    "build": {"types", "catalogue"},
+    "modules": {"types"},
+    "build": {"types", "catalogue", "modules"},
     "world": set(),
     "offload": set(),
     "launch": {"types", "build"},
