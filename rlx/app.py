@@ -251,16 +251,16 @@ def check_all(arguments: list[str], extra: Path | None, trust: list[str]) -> Non
 
 def claim_mistakes(config: dict[str, Any], trust: Sequence[str] = ()) -> list[str]:
     """What is wrong with a recipe's claim, where it makes one: its keys, and what keeps an arm from being run."""
-    from rlx.claims import claim_of
+    from rlx.claims import read_claim
     from rlx.reproduce import arm_config
 
     if not config.get("claim"):
         return []
-    try:
-        claim = claim_of(config)
-    except ConfigError as error:
-        return str(error).splitlines()
-    binder = Binder()
+    claim, wrong = read_claim(config)
+    if claim is None:
+        return wrong
+    binder = Binder(errors=wrong)
+    unread = {metric for metric in claim.metrics if any(repr(metric) in line for line in wrong)}
     for arm in claim.names:
         try:
             for setting in claim.settings():
@@ -270,7 +270,11 @@ def claim_mistakes(config: dict[str, Any], trust: Sequence[str] = ()) -> list[st
             binder.errors += [line if line.startswith("claim") else f"claim, arm {arm}: {line}" for line in said]
             continue
         for metric in claim.read_of(arm):
-            bind_objective(binder, metric, made.stages, f"claim, arm {arm}")
+            before = len(binder.errors)
+            if metric not in unread:  # one mistake, however many arms have it
+                bind_objective(binder, metric, made.stages, f"claim, arm {arm}")
+            if len(binder.errors) > before:
+                unread.add(metric)
     return list(dict.fromkeys(binder.errors))
 
 
@@ -307,10 +311,10 @@ def reproduce(
     changes = [word for word in given if not word.startswith("recipe=")]
     slug = next((w.removeprefix("recipe=").removeprefix("paper/") for w in given if w.startswith("recipe=")), "")
     composed = compose([f"recipe={'paper/' if paper else ''}{slug}", *changes] if slug else changes, extra)
-    claim = claim_of(composed.config)
     config = plan(composed.config, trusted=trust, swapped=composed.swapped, given=composed.given).config
     if wrong := claim_mistakes(config, trust):
         raise ConfigError("\n".join(wrong))
+    claim = claim_of(config)
     if claim.minutes > MINUTES and not long:
         raise ConfigError(f"this claim takes up to {claim.minutes} minutes on two cores: `make claims` runs it, or --long")
     if (launch := launch_of(config)).stage is not None:

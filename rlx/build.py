@@ -362,8 +362,8 @@ def untrusted(model: Any) -> str:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a text can only mean a path of this machine."""
-    return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)
+    """Whether a text can only mean a path of this machine: a hub id has one slash."""
+    return path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or path.count("/") > 1
 
 
 def missing(key: str, value: Any) -> list[str]:

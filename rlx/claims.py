@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from rlx.build import Binder
+from rlx.build import Binder, hint
 from rlx.report.read import Run, lower_is_better, rows, series
 from rlx.types import ConfigError
 from rlx.unroll import unrolled
@@ -123,11 +123,18 @@ class Claim:
 
 def claim_of(config: Mapping[str, Any]) -> Claim:
     """The claim of a composed recipe. Raises ConfigError where there is none or it is wrong."""
-    node = config.get("claim")
-    if not node:
+    if not config.get("claim"):
         raise ConfigError(f"recipe {config['recipe']!r} makes no claim (it has no `claim:`); see docs/writing_a_recipe.md")
+    claim, wrong = read_claim(config)
+    if wrong or claim is None:
+        raise ConfigError("\n".join(wrong))
+    return claim
+
+
+def read_claim(config: Mapping[str, Any]) -> tuple[Claim | None, list[str]]:
+    """The claim of a recipe that makes one, None where its keys do not bind; and all that is wrong with it by itself."""
     binder = Binder()
-    claim: Claim | None = binder.record(Claim, "a claim", node, "claim")
+    claim: Claim | None = binder.record(Claim, "a claim", config["claim"], "claim")
     if claim is not None:
         known = set(claim.names)
         if not claim.checks:
@@ -138,7 +145,7 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
         for i, check in enumerate(claim.checks):
             for arm in (check.arm, check.minus):
                 if arm is not None and arm not in known:
-                    binder.errors.append(f"claim.checks.{i}: no arm {arm!r} (known: {', '.join(claim.names)})")
+                    binder.errors.append(f"claim.checks.{i}: no arm {arm!r}{hint(arm, claim.names)}")
             if check.min is None and check.max is None:
                 binder.errors.append(f"claim.checks.{i}: needs min or max")
         marks = [(f"checks.{i}.{key}", getattr(c, key)) for i, c in enumerate(claim.checks) for key in ("at", "minus_at")]
@@ -153,9 +160,7 @@ def claim_of(config: Mapping[str, Any]) -> Claim:
         binder.errors += [f"claim.seeds: {line}" for line in seed_problems(claim, claim.seeds)]
         if claim.minutes > MOST_MINUTES:
             binder.errors.append(f"claim.minutes: at most {MOST_MINUTES}, got {claim.minutes}")
-    if binder.errors or claim is None:
-        raise ConfigError("\n".join(binder.errors))
-    return claim
+    return claim, binder.errors
 
 
 def seed_problems(claim: Claim, seeds: Sequence[int]) -> list[str]:

@@ -37,7 +37,8 @@ def measure(model: str, arguments: list[str], trust: list[str], scratch: Path) -
         else:
             raise ConfigError(f"{key}: rlx eval takes task, task.KEY, model.KEY, seed, {', '.join(SETTINGS)}")
     if not (config.get("task") or {}).get("name"):
-        raise ConfigError("which task? Give task=NAME, such as task=gsm8k or task=arithmetic")
+        absent = "" if Path(model).expanduser().exists() else f"{model}: there is no such directory, so it is a hub id; "
+        raise ConfigError(f"{absent}which task? Give task=NAME, such as task=gsm8k or task=arithmetic")
     config["stages"] = {"eval": {**stage, "data": f"@task/{split}"}}
     made = plan(config, trusted=[*trust, *outs])
     write_json(scratch / "run.json", {"recipe": f"eval {model}", "status": "finished", "seed": config["seed"]})

@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
+from rlx.build import hint
 from rlx.claims import METHOD, Claim, Outcome, Verdict, outcomes, value_at, verdict
 from rlx.graph import Node, execute, graph, seconds_of
-from rlx.report.read import Run, load_run, lower_is_better
+from rlx.report.read import Run, load_run, lower_is_better, rows
 from rlx.run import write_json
 from rlx.source import claim_hash
 from rlx.types import ConfigError
+
+PLACES = ("step", "seconds", "policy")  # of a line of metrics.jsonl: where it stands, not what was measured
 
 Tried = dict[str, list[tuple[dict[str, Any], float]]]
 
@@ -62,6 +65,7 @@ def reproduce(
     tuned, tried = tune(config, claim, lab)
     while True:
         runs = train(config, claim, lab, used, tuned)
+        all_logged({arm: claim.read_of(arm) for arm in claim.names}, runs)
         if config.get("scale", "none") == "none":  # a shrunken run says nothing, and may find nothing to train on
             equal_budget(claim, runs, used)
         found = outcomes(claim, runs, used)
@@ -89,11 +93,13 @@ def tune(config: dict[str, Any], claim: Claim, lab: Lab) -> tuple[dict[str, dict
     sign = -1.0 if lower_is_better(objective) else 1.0
     best, tried = {}, {}
     for arm in claim.names:
-        scores = []
+        scores, tuning = [], list[Run]()
         for i, setting in enumerate(grid):
             own = {seed: nodes[trial(arm, setting, seed)] for seed in claim.tune_seeds}
             runs = [arm_run(lab.root, f"tune-{arm}-{i}", seed, found) for seed, found in own.items()]
             scores.append((setting, fmean(value_at(run, objective, "last") for run in runs)))
+            tuning += runs
+        all_logged({arm: [objective]}, {(arm, i): run for i, run in enumerate(tuning)})
         tried[arm] = scores
         best[arm] = max(scores, key=lambda pair: -math.inf if math.isnan(pair[1]) else sign * pair[1])[0]
     return best, tried
@@ -156,6 +162,20 @@ def arm_run(root: Path, arm: str, seed: int, nodes: Sequence[Node]) -> Run:
     info = {"recipe": config["recipe"], "status": "finished", "seed": seed, "overrides": [f"arm={arm}", f"seed={seed}"]}
     write_json(folder / "run.json", info)
     return load_run(folder)
+
+
+def all_logged(metrics: Mapping[str, Sequence[str]], runs: Mapping[tuple[str, int], Run]) -> None:
+    """Raises ConfigError where no run of an arm logged a metric that is read of it: more seeds would not, either."""
+    wrong = []
+    for arm, names in metrics.items():
+        own = [run for (of, _), run in runs.items() if of == arm]
+        for metric in (name for name in names if not any(rows(run, name) for run in own)):
+            stage = metric.partition("/")[0]
+            logs = [log for run in own for log in run.stages if log.name == stage]
+            known = dict.fromkeys(f"{stage}/{key}" for log in logs for row in log.metrics for key in row if key not in PLACES)
+            wrong.append(f"claim: no run of arm {arm} logged {metric!r}{hint(metric, known, f'{stage}/metrics.jsonl')}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
 
 
 def equal_budget(claim: Claim, runs: Mapping[tuple[str, int], Run], seeds: Sequence[int]) -> None:

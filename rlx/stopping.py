@@ -22,14 +22,14 @@ class Stop:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Both signals raise KeyboardInterrupt(number); where `waits` is set, only a second SIGINT does, and the rest is noted."""
+    """Both signals raise KeyboardInterrupt(number); where `waits` is set, the first is noted, and then only SIGINT does."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, _frame: object) -> None:
-        again = stop.number == number == signal.SIGINT
+        again = stop.number and number == signal.SIGINT
         first, stop.number = not stop.number, stop.number or number
         if again or not stop.waits:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is closed then is closed whole

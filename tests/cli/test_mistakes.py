@@ -120,6 +120,7 @@ def test_all_mistakes_at_once(rlx):
     ]
 
 
+NO_TASK = "there is no such directory, so it is a hub id; which task? Give task=NAME, such as task=gsm8k or task=arithmetic"
 RECIPES = {
     "YAML": (
         "purpose: x\nmodel: {name: tiny\nseed: 1\n",
@@ -140,11 +141,13 @@ RECIPES = {
         "claim.checks.0: no arm 'nobody'",
     ),
     "arms": (
-        "defaults: [/recipe/small]\nclaim:\n  says: x\n  checks: [{metric: rl/reward, min: 0.0}]\n"
-        "  arms: {one: {stages.rl.lrr: 1.0}, two: {stages.rk.lr: 1.0}, three: {stages.rl.steps: many}}\n",
+        "defaults: [/recipe/small]\nclaim:\n  says: x\n"
+        "  checks: [{metric: rl/eval/acuracy, min: 0.0, minus: to}, {metric: rl/eval/acuracy, min: 0.0, minus: three}]\n"
+        "  arms: {one: {stages.rl.lrr: 1.0}, two: {stages.rk.lr: 1.0}, three: {stages.rl.lr: 1.0}}\n",
+        "claim.checks.0: no arm 'to'; did you mean 'two'?",
+        "claim, arm method: stage 'rl' measures no 'eval/acuracy'; write stage/metric; did you mean 'rl/eval/accuracy'?",
         "claim, arm one: stages.rl.lrr: stage kind 'online' takes no 'lrr'; did you mean 'lr'?",
         "claim, arm two: 'stages.rk.lr': the recipe has no 'rk' there",
-        "claim, arm three: stages.rl.steps: expected a whole number, got 'many'",
     ),
     "parent": (
         "defaults: [/recipe/smal]\n",
@@ -229,7 +232,7 @@ def test_run_dir_that_holds_something_else(rlx):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval", "nowhere"], "which task? Give task=NAME, such as task=gsm8k or task=arithmetic"),
+        (["eval", "nowhere"], f"nowhere: {NO_TASK}"),
         (["eval", "mine"], "mine: holds neither a run (run.json) nor a model (config.json)"),
         (["report", "nowhere"], "nowhere is no directory: expected a run directory or a sweep directory"),
         (["list", "--recipes", "nowhere"], "--recipes nowhere: is no directory"),
@@ -269,7 +272,7 @@ def test_a_component_of_the_users_that_raises_in_a_check(rlx):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["task.digits=2"], "which task? Give task=NAME, such as task=gsm8k or task=arithmetic"),
+        (["task.digits=2"], f"owner/name: {NO_TASK}"),
         (["task.digit=2", "task=arithmetic"], "task.digit: task 'arithmetic' takes no 'digit'; did you mean 'digits'?"),
         (["task=arithmetic", "seed=1", "task.digits=2", "task.digits.x=2"], "task.digits.x: digits is 2, which has no keys"),
         (["task=arithmetic", "metrics=[a"], "'metrics=[a': its value is not YAML"),

@@ -94,8 +94,8 @@ def test_a_claim_and_its_verdicts(rlx):
     assert second.out.endswith(f"result: {root}/claimed.md   runs: {root}/runs\n")
     assert (data(root)["verdict"], data("docs/results")["verdict"]) == ("not reproduced", "reproduced")
 
-    # Inconclusive: a metric that no run wrote decides nothing. A seed is added, up to max_seeds.
-    claim(metric="more/nothing", min=0.0)
+    # Inconclusive: what does not learn is better on its second rows in the mean, but not on each seed. A seed is added.
+    claim(arm="frozen", minus_at="first", max=0.0)
     third = rlx(*FIRST)
     assert third.status == 4
     assert "inconclusive at 3 seeds; adding seed 3" in third.out
@@ -134,7 +134,7 @@ def test_an_interrupted_claim_says_how_to_go_on(rlx):
 @pytest.mark.parametrize(
     ("check", "said"),
     [
-        ({"max": 0.0, "minus": "frosen"}, "claim.checks.0: no arm 'frosen' (known: method, frozen)"),
+        ({"max": 0.0, "minus": "frosen"}, "claim.checks.0: no arm 'frosen'; did you mean 'frozen'? (known: method, frozen)"),
         ({"max": 0.0, "metric": "mor/loss"}, "claim: metric 'mor/loss' names no stage of the recipe"),
     ],
 )
@@ -145,6 +145,19 @@ def test_a_claim_with_a_mistake_trains_nothing(rlx, check, said):
     assert not Path("runs").exists()
     every = rlx("check", "--all")
     assert (every.status, every.err) == (2, f"rlx: claimed: {said}\n")
+
+
+def test_a_metric_that_nothing_logs_ends_the_claim_at_its_first_seeds(rlx):
+    claim(max=0.0, metric="more/los")
+    wrong = rlx(*FIRST)
+    assert wrong.status == 2
+    assert wrong.said == "\n".join(
+        f"rlx: claim: no run of arm {arm} logged 'more/los'; did you mean 'more/loss'?".removeprefix(
+            "rlx: " * (arm != "method")
+        )
+        for arm in ("method", "frozen")
+    )
+    assert "adding seed" not in wrong.out
 
 
 def test_an_arm_that_does_not_bind_trains_nothing(rlx):

@@ -175,6 +175,23 @@ def test_an_interrupted_run_saves_and_goes_on(rlx, number, status):
     assert not Path("out/rl/state").exists()
 
 
+@pytest.mark.parametrize(
+    ("numbers", "ended"),
+    [("INT INT", 2), ("TERM INT", 15), ("INT TERM INT", 2), ("TERM TERM", 0), ("INT TERM", 0)],
+)
+def test_ctrl_c_ends_a_step_at_once_whatever_asked_first(numbers, ended):
+    """A scheduler that says SIGTERM twice waits for the state."""
+    code = (
+        "import os, signal, sys\nfrom rlx.stopping import stoppable\n"
+        "try:\n    with stoppable() as stop:\n        stop.waits = True\n"
+        "        for word in sys.argv[1:]:\n            os.kill(os.getpid(), getattr(signal, 'SIG' + word))\n"
+        "    print(0)\nexcept KeyboardInterrupt as end:\n    print(int(end.args[0]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *numbers.split()], capture_output=True, text=True)
+    assert done.stdout == f"{ended}\n"
+    assert done.stderr == "\nends after this step, with its state saved; Ctrl-C once more ends at once\n"
+
+
 def test_resume_takes_the_directory_of_a_run(rlx):
     wrong = rlx("resume", "nowhere")
     assert (wrong.status, wrong.err) == (

@@ -260,7 +260,8 @@ def fenced(text: str, language: str) -> list[str]:
 def test_the_commands_and_files_of_the_readme_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_recipes").mkdir()
+    for folder in ("my_recipes", "path/to/model", "path/to/gsm8k"):
+        (tmp_path / folder).mkdir(parents=True)
     for text in [*fenced(readme, "python"), *fenced(readme, "yaml")]:
         (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
     (tmp_path / "capitals.jsonl").write_text(fenced(readme, "json")[0], encoding="utf-8")
